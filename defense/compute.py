@@ -1,0 +1,55 @@
+"""Where and how things run: device, seeded randomness, batches with a progress bar."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from defense.errors import DefenseError
+
+PROGRESS_DELAY = 2.0  # seconds a step may take before its progress bar appears
+
+
+def device() -> torch.device:
+    """Return the device named by DEFENSE_DEVICE (default ``auto``: CUDA if there is one).
+
+    It comes from the environment and not from params.yaml, so that the same pipeline lock
+    holds on machines with and without an accelerator.
+
+    Raises:
+        DefenseError: The name is not a device, or the device is not there.
+    """
+    name = os.environ.get("DEFENSE_DEVICE", "auto")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise DefenseError(
+            f"DEFENSE_DEVICE={name} cannot be used ({str(error).splitlines()[0]}); "
+            "use auto, cpu or cuda"
+        ) from error
+    return chosen
+
+
+def seeded(seed: int, stream: str) -> torch.Generator:
+    """Return a random generator for one named purpose.
+
+    Streams are independent: adding a draw to one stage leaves all others as they were.
+    """
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{stream}".encode()).digest()[:8], "big")
+    return torch.Generator().manual_seed(number % 2**63)
+
+
+def batches(
+    num_rows: int, batch_size: int, *, label: str
+) -> Iterator[NDArray[np.int64]]:
+    """Yield consecutive row numbers in batches, with a progress bar and the time left."""
+    starts = range(0, num_rows, batch_size)
+    for start in tqdm(starts, desc=label, unit="batch", delay=PROGRESS_DELAY, leave=False):
+        yield np.arange(start, min(start + batch_size, num_rows))

@@ -1,0 +1,65 @@
+"""The model around a network: normalisation is its first layer, its weights are seeded."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from defense.compute import batches
+from defense.contracts import Architecture
+from defense.records import ImageSet
+
+
+class Normalize(nn.Module):
+    """Subtract the channel means and divide by the channel deviations, kept as buffers."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        """Start as the identity."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise ``[n, c, h, w]`` in [0, 1]."""
+        return (images - self.mean) / self.std
+
+
+def channel_statistics(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of every channel: two float32 ``[c, 1, 1]``."""
+    total = torch.zeros(2, images.shape[0], dtype=torch.float64)
+    for rows in batches(len(images), 4096, label="channel statistics"):
+        pixels = images.images(rows).double()
+        total += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))])
+    mean, square = total / (len(images) * images.shape[1] * images.shape[2])
+    std = (square - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float()[:, None, None], std.float()[:, None, None]
+
+
+def build_model(
+    architecture: Architecture,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    generator: torch.Generator,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> nn.Module:
+    """Build an untrained model from pixels in [0, 1] to logits.
+
+    Args:
+        architecture: The network.
+        shape: Channels, height and width of an image.
+        num_classes: Number of logits.
+        generator: Source of the initial weights; torch's global generator is left alone.
+        statistics: Channel means and deviations; identity if the weights are loaded later.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = architecture.build(shape, num_classes)
+    normalize = Normalize(shape[0])
+    if statistics is not None:
+        normalize.mean.copy_(statistics[0])
+        normalize.std.copy_(statistics[1])
+    return nn.Sequential(OrderedDict(normalize=normalize, network=network)).eval()

@@ -1,0 +1,255 @@
+"""Records: the frozen tables and tensors that travel between stages.
+
+Row number is identity: a set of rows is a boolean mask over the train split, never a list of
+indices, so a mask made for another split is refused.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from defense.errors import DataError
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, possibly memory-mapped, possibly a selection of a larger store.
+
+    Attributes:
+        pixels: uint8 ``[N, c, h, w]``; the store, shared between selections.
+        labels: int64 ``[n]``.
+        ids: str ``[n]``; names of the samples that outlive any reordering.
+        class_names: Name of every label.
+        rows: int64 ``[n]``; the row of `pixels` each sample lies in.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.str_]
+    class_names: tuple[str, ...]
+    rows: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check that the columns belong together."""
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4:
+            raise DataError(
+                f"expected uint8 pixels [n, c, h, w], got {self.pixels.dtype} {self.pixels.shape}"
+            )
+        if not len(self.labels) == len(self.ids) == len(self.rows):
+            raise DataError(
+                f"expected one label, id and row per sample, got {len(self.labels)} labels, "
+                f"{len(self.ids)} ids and {len(self.rows)} rows"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def where(self, mask: Mask) -> "ImageSet":
+        """Select the samples where `mask` is True, without copying pixels.
+
+        Args:
+            mask: bool ``[n]``.
+
+        Raises:
+            DataError: The mask covers another number of samples.
+        """
+        if mask.dtype != np.bool_ or mask.shape != (len(self),):
+            raise DataError(
+                f"expected a boolean mask over {len(self)} samples, got {mask.dtype} "
+                f"{mask.shape}: was it made for another split?"
+            )
+        return ImageSet(
+            self.pixels, self.labels[mask], self.ids[mask], self.class_names, self.rows[mask]
+        )
+
+    def uint8(self, index: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.uint8]:
+        """Copy the pixels of some samples: uint8 ``[m, c, h, w]``."""
+        return self.pixels[self.rows[index]]
+
+    def images(self, index: NDArray[np.int64] | slice = slice(None)) -> Tensor:
+        """Return some samples as float32 ``[m, c, h, w]`` in [0, 1]."""
+        return torch.from_numpy(self.uint8(index)).float().div_(255)
+
+    def targets(self, index: NDArray[np.int64] | slice = slice(None)) -> Tensor:
+        """Return the labels of some samples as int64 ``[m]``."""
+        return torch.from_numpy(self.labels[index].copy())
+
+    def class_index(self, name: str, *, role: str) -> int:
+        """Find the label of a class.
+
+        Raises:
+            DataError: No class has that name.
+        """
+        if name not in self.class_names:
+            known = ", ".join(self.class_names[:20])
+            raise DataError(f"{role} '{name}' does not exist; the classes are: {known}")
+        return self.class_names.index(name)
+
+
+def image_set(
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    ids: NDArray[np.str_],
+    class_names: tuple[str, ...],
+) -> ImageSet:
+    """Build an image set whose samples lie in the order of `pixels`."""
+    return ImageSet(pixels, labels, ids, class_names, np.arange(len(pixels)))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A train and a test set of the same classes."""
+
+    train: ImageSet
+    test: ImageSet
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was planted. Only the audit may read it.
+
+    Attributes:
+        poisoned: bool ``[n]`` over the train split.
+        original_labels: int64 ``[n]``; labels before the attack.
+        target_class: Label the attack wants.
+        probe_labels: int64 ``[p]``; true labels of the probe images.
+    """
+
+    poisoned: Mask
+    original_labels: NDArray[np.int64]
+    target_class: int
+    probe_labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PoisonedSplit:
+    """What an attack leaves behind.
+
+    Attributes:
+        train: The poisoned train set, same rows as the clean one.
+        probe: Triggered test images whose true class is not the target, labelled with the
+            target class; the share a model sends there is its poison success rate.
+        truth: What was planted.
+    """
+
+    train: ImageSet
+    probe: ImageSet
+    truth: Truth
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """EK-FAC factors of one layer with `g` groups, `o` outputs and `i` inputs per group.
+
+    Attributes:
+        activation_eigenvectors: ``[g, i, i]``, columns; `i` counts the bias if there is one.
+        gradient_eigenvectors: ``[g, o, o]``, columns.
+        lambda_matrix: ``[g, o, i]``; mean squared per-sample gradient in that basis.
+    """
+
+    activation_eigenvectors: Tensor
+    gradient_eigenvectors: Tensor
+    lambda_matrix: Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """EK-FAC factors of a model.
+
+    Attributes:
+        layers: Factors by layer name, in the order of the model.
+        num_examples: Training rows they were fitted on.
+        coverage: Share of the model's parameters that the layers hold.
+    """
+
+    layers: dict[str, LayerFactors]
+    num_examples: int
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The affected inputs and their transforms, ready to be scored.
+
+    Attributes:
+        images: float32 ``[q, c, h, w]`` in [0, 1].
+        labels: int64 ``[q]``; the label whose margin is differentiated.
+        affected: int64 ``[q]``; which affected input the query comes from.
+        transform: int64 ``[q]``; -1 for the affected input itself, else the transform's number.
+    """
+
+    images: Tensor
+    labels: Tensor
+    affected: Tensor
+    transform: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a detector may know. There is no field for truth, by construction.
+
+    Attributes:
+        train: The suspect training set.
+        model: The suspect model.
+        queries: What was scored.
+        scores: float32 ``[q, n]``; influence of every train row on every query. Positive:
+            the row supports the query's label.
+    """
+
+    train: ImageSet
+    model: nn.Module
+    queries: Queries
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A detector's answer, one entry per train row.
+
+    Attributes:
+        suspicion: float32 ``[n]``; higher is worse.
+        threshold: A candidate row is flagged when its suspicion is above this value.
+        candidates: bool ``[n]``; rows the rule was applied to.
+        predicted_label: bool ``[n]``; rows that carry the label of an affected input, so that
+            reports can show the rule restricted to them and unrestricted, side by side.
+    """
+
+    suspicion: NDArray[np.float32]
+    threshold: float
+    candidates: Mask
+    predicted_label: Mask
+
+    @property
+    def mask(self) -> Mask:
+        """Flagged rows: bool ``[n]``."""
+        return self.candidates & (self.suspicion > self.threshold)
+
+    @property
+    def verdict(self) -> str:
+        """``poison found`` if any row is flagged, else ``nothing found``."""
+        return "poison found" if self.mask.any() else "nothing found"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what it cost: the number of per-sample gradients its training took."""
+
+    model: nn.Module
+    gradient_samples: int

@@ -1,0 +1,154 @@
+"""The audit report: the JSON that the gate, the HTML page and MLflow read. No torch."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from defense.errors import EvidenceError
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+class Part(BaseModel):
+    """Base of the report's parts: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Rate(Part):
+    """A share with its denominator and Wilson 95 % interval.
+
+    Attributes:
+        value: successes / total in [0, 1]; None if total is 0.
+        successes: The numerator.
+        total: The denominator.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    value: float | None
+    successes: int
+    total: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, successes: int, total: int) -> "Rate":
+        """Build a rate from counts; the interval of an empty denominator is [0, 1]."""
+        if total == 0:
+            return cls(value=None, successes=0, total=0, low=0.0, high=1.0)
+        share, weight = successes / total, Z_95**2 / total
+        centre = (share + weight / 2) / (1 + weight)
+        spread = Z_95 / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+        low, high = max(0.0, centre - spread), min(1.0, centre + spread)
+        return cls(value=share, successes=successes, total=total, low=low, high=high)
+
+
+class ModelQuality(Part):
+    """One model, measured.
+
+    Attributes:
+        psr: Poison success rate: triggered test images, other than the affected ones, whose
+            true class is not the target and that the model sends to the target class.
+        clean_accuracy: Untriggered test images classified rightly.
+        robust_accuracy: The PSR's images classified as their true class (BackdoorBench's RA).
+        affected_fooled: Affected inputs that still get the label they were reported with.
+    """
+
+    psr: Rate
+    clean_accuracy: Rate
+    robust_accuracy: Rate
+    affected_fooled: Rate
+
+
+class DetectionQuality(Part):
+    """A detector's flags against the planted truth.
+
+    Attributes:
+        rows: Which rows the rule was applied to: ``all`` or ``predicted_label``.
+        tpr: Poisoned rows that were flagged, of all poisoned rows.
+        precision: Flagged rows that are poisoned, of all flagged rows.
+        average_precision: Area under the precision-recall curve of the suspicion.
+    """
+
+    rows: str
+    tpr: Rate
+    precision: Rate
+    average_precision: float
+
+
+class Affected(Part):
+    """An affected input: its id, the label the suspect model gave, its true class if known."""
+
+    id: str
+    predicted: str
+    true: str | None
+
+
+class Evidence(Part):
+    """A sealed artefact: where it lies and the sha256 of its manifest or file."""
+
+    path: str
+    sha256: str
+    inputs: dict[str, str] = {}
+
+
+class AuditReport(Part):
+    """Everything the audit measured, with the digest of everything it measured it on.
+
+    Attributes:
+        version: Format version.
+        before: The suspect model.
+        after: The remediated model.
+        detection: Flags against truth, for all rows and for the rows with the predicted
+            label; None without truth.
+        detector_verdict: ``poison found`` or ``nothing found``.
+        num_train: Training rows.
+        num_flagged: Rows removed.
+        affected: The inputs the investigation started from.
+        methods: The settings of every method that took part, by params section.
+        gradient_samples: Per-sample gradients spent, by ``train`` and ``remediate``.
+        success: PSR after below `psr_bound` and accuracy drop within `accuracy_drop_bound`.
+        psr_bound: Bound that PSR must stay below.
+        accuracy_drop_bound: Largest accepted drop of clean accuracy.
+        artifacts: Digest of every artefact, by name.
+    """
+
+    version: int = 1
+    before: ModelQuality
+    after: ModelQuality
+    detection: list[DetectionQuality] | None
+    detector_verdict: str
+    num_train: int
+    num_flagged: int
+    affected: list[Affected]
+    methods: dict[str, Any]
+    gradient_samples: dict[str, int]
+    success: bool
+    psr_bound: float
+    accuracy_drop_bound: float
+    artifacts: dict[str, Evidence]
+
+    @property
+    def accuracy_drop(self) -> float:
+        """Clean accuracy before minus after; NaN if it was not measured."""
+        before, after = self.before.clean_accuracy.value, self.after.clean_accuracy.value
+        return math.nan if before is None or after is None else before - after
+
+
+def read_report(path: Path) -> AuditReport:
+    """Read an audit report.
+
+    Raises:
+        EvidenceError: The file is missing or is not an audit report.
+    """
+    if not path.is_file():
+        raise EvidenceError(f"expected an audit report at {path}, found none; run: dvc repro audit")
+    try:
+        return AuditReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise EvidenceError(f"{path} is not an audit report ({reason}); run: dvc repro audit") from error

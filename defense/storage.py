@@ -1,0 +1,196 @@
+"""Save and load every record as a sealed artefact: npy for tables, safetensors for weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
+from defense.errors import ArtifactError
+from defense.records import Factors, Flags, ImageSet, LayerFactors, Queries, Truth, image_set
+
+COPY_ROWS = 4096  # images copied at a time, so that saving never holds a whole set
+
+Inputs = Mapping[str, str]
+
+
+def array(values: NDArray[Any]) -> Writer:
+    """Write an array as npy; never pickles."""
+    return lambda path: np.save(path, values, allow_pickle=False)
+
+
+def tensors(values: Mapping[str, Tensor]) -> Writer:
+    """Write tensors as safetensors without metadata, which keeps the bytes stable."""
+    ready = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    return lambda path: save_file(ready, path)
+
+
+def read_array(path: Path, *, mapped: bool = False) -> NDArray[Any]:
+    """Read an npy file, memory-mapped if asked."""
+    return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ArtifactError: The file is not safetensors.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a safetensors file ({error})") from error
+
+
+def save_images(path: Path, images: ImageSet, *, inputs: Inputs | None = None) -> str:
+    """Save an image set; returns the artefact's digest."""
+
+    def pixels(file: Path) -> None:
+        shape = (len(images), *images.shape)
+        out = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+        for start in range(0, len(images), COPY_ROWS):
+            out[start : start + COPY_ROWS] = images.uint8(slice(start, start + COPY_ROWS))
+        out.flush()
+
+    columns = {"labels.npy": array(images.labels), "ids.npy": array(images.ids)}
+    meta = {"class_names": list(images.class_names)}
+    return write_artifact(path, "images", {"pixels.npy": pixels, **columns}, meta=meta, inputs=inputs)
+
+
+def load_images(path: Path) -> tuple[ImageSet, Manifest]:
+    """Load an image set with its pixels memory-mapped."""
+    manifest = open_artifact(path, "images")
+    images = image_set(
+        read_array(path / "pixels.npy", mapped=True),
+        read_array(path / "labels.npy"),
+        read_array(path / "ids.npy"),
+        tuple(manifest.meta["class_names"]),
+    )
+    return images, manifest
+
+
+def save_truth(path: Path, truth: Truth, *, inputs: Inputs) -> str:
+    """Save what was planted; returns the artefact's digest."""
+    files = {
+        "poisoned.npy": array(truth.poisoned),
+        "original_labels.npy": array(truth.original_labels),
+        "probe_labels.npy": array(truth.probe_labels),
+    }
+    return write_artifact(
+        path, "truth", files, meta={"target_class": truth.target_class}, inputs=inputs
+    )
+
+
+def load_truth(path: Path) -> tuple[Truth, Manifest]:
+    """Load what was planted. For the audit only."""
+    manifest = open_artifact(path, "truth")
+    truth = Truth(
+        read_array(path / "poisoned.npy"),
+        read_array(path / "original_labels.npy"),
+        manifest.meta["target_class"],
+        read_array(path / "probe_labels.npy"),
+    )
+    return truth, manifest
+
+
+def save_model(
+    path: Path, model: nn.Module, *, meta: Mapping[str, Any], inputs: Inputs | None = None
+) -> str:
+    """Save a model's weights and buffers; returns the artefact's digest."""
+    weights = {"weights.safetensors": tensors(model.state_dict())}
+    return write_artifact(path, "model", weights, meta=meta, inputs=inputs)
+
+
+def load_weights(path: Path, model: nn.Module) -> Manifest:
+    """Load saved weights into a model of the same architecture.
+
+    Raises:
+        ArtifactError: The weights do not fit the model.
+    """
+    manifest = open_artifact(path, "model")
+    try:
+        model.load_state_dict(read_tensors(path / "weights.safetensors"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"the weights at {path} do not fit the model that params.yaml describes ({reason}); "
+            "restore the model section or run: dvc repro train"
+        ) from error
+    return manifest
+
+
+def save_factors(path: Path, factors: Factors, *, inputs: Inputs) -> str:
+    """Save EK-FAC factors; returns the artefact's digest."""
+    parts = {
+        f"{name}:{part}": value
+        for name, layer in factors.layers.items()
+        for part, value in vars(layer).items()
+    }
+    meta = {
+        "layers": list(factors.layers),
+        "num_examples": factors.num_examples,
+        "coverage": factors.coverage,
+    }
+    files = {"factors.safetensors": tensors(parts)}
+    return write_artifact(path, "factors", files, meta=meta, inputs=inputs)
+
+
+def load_factors(path: Path) -> tuple[Factors, Manifest]:
+    """Load EK-FAC factors."""
+    manifest = open_artifact(path, "factors")
+    parts = read_tensors(path / "factors.safetensors")
+    fields = LayerFactors.__dataclass_fields__
+    layers = {
+        name: LayerFactors(**{part: parts[f"{name}:{part}"] for part in fields})
+        for name in manifest.meta["layers"]
+    }
+    return Factors(layers, manifest.meta["num_examples"], manifest.meta["coverage"]), manifest
+
+
+def save_scores(
+    path: Path, queries: Queries, scores: NDArray[np.float32], *, inputs: Inputs
+) -> str:
+    """Save queries and their scores ``[q, n]``; returns the artefact's digest."""
+    files = {"scores.npy": array(scores), "queries.safetensors": tensors(vars(queries))}
+    return write_artifact(path, "scores", files, inputs=inputs)
+
+
+def load_scores(path: Path) -> tuple[Queries, NDArray[np.float32], Manifest]:
+    """Load queries and their scores, the scores memory-mapped."""
+    manifest = open_artifact(path, "scores")
+    queries = Queries(**read_tensors(path / "queries.safetensors"))
+    return queries, read_array(path / "scores.npy", mapped=True), manifest
+
+
+def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:
+    """Save a detector's answer; returns the artefact's digest."""
+    files = {
+        "suspicion.npy": array(flags.suspicion),
+        "candidates.npy": array(flags.candidates),
+        "predicted_label.npy": array(flags.predicted_label),
+    }
+    meta = {"threshold": flags.threshold, "verdict": flags.verdict}
+    return write_artifact(path, "flags", files, meta=meta, inputs=inputs)
+
+
+def load_flags(path: Path) -> tuple[Flags, Manifest]:
+    """Load a detector's answer."""
+    manifest = open_artifact(path, "flags")
+    flags = Flags(
+        read_array(path / "suspicion.npy"),
+        manifest.meta["threshold"],
+        read_array(path / "candidates.npy"),
+        read_array(path / "predicted_label.npy"),
+    )
+    return flags, manifest
+
+
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a model's weights and buffers."""
+    return {name: torch.clone(value) for name, value in model.state_dict().items()}
