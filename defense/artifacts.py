@@ -138,7 +138,9 @@ def open_artifact(path: Path, kind: str) -> Manifest:
     """
     manifest = read_manifest(path)
     if manifest.kind != kind:
-        raise ArtifactError(f"expected an artefact of kind '{kind}' at {path}, got '{manifest.kind}'")
+        raise ArtifactError(
+            f"expected an artefact of kind '{kind}' at {path}, got '{manifest.kind}'"
+        )
     for name, expected in manifest.files.items():
         _check_file(path / name, expected)
     return manifest

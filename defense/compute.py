@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,10 +47,14 @@ def seeded(seed: int, stream: str) -> torch.Generator:
     return torch.Generator().manual_seed(number % 2**63)
 
 
-def batches(
-    num_rows: int, batch_size: int, *, label: str
-) -> Iterator[NDArray[np.int64]]:
+def batches(num_rows: int, batch_size: int, *, label: str) -> Iterator[NDArray[np.int64]]:
     """Yield consecutive row numbers in batches, with a progress bar and the time left."""
     starts = range(0, num_rows, batch_size)
     for start in tqdm(starts, desc=label, unit="batch", delay=PROGRESS_DELAY, leave=False):
         yield np.arange(start, min(start + batch_size, num_rows))
+
+
+def pixel_store(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Allocate uint8 pixels in an unnamed temporary file, so that no set has to fit in memory."""
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)

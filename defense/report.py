@@ -151,4 +151,6 @@ def read_report(path: Path) -> AuditReport:
         return AuditReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise EvidenceError(f"{path} is not an audit report ({reason}); run: dvc repro audit") from error
+        raise EvidenceError(
+            f"{path} is not an audit report ({reason}); run: dvc repro audit"
+        ) from error

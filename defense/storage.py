@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,7 +59,9 @@ def save_images(path: Path, images: ImageSet, *, inputs: Inputs | None = None) -
 
     columns = {"labels.npy": array(images.labels), "ids.npy": array(images.ids)}
     meta = {"class_names": list(images.class_names)}
-    return write_artifact(path, "images", {"pixels.npy": pixels, **columns}, meta=meta, inputs=inputs)
+    return write_artifact(
+        path, "images", {"pixels.npy": pixels, **columns}, meta=meta, inputs=inputs
+    )
 
 
 def load_images(path: Path) -> tuple[ImageSet, Manifest]:
@@ -189,8 +190,3 @@ def load_flags(path: Path) -> tuple[Flags, Manifest]:
         read_array(path / "predicted_label.npy"),
     )
     return flags, manifest
-
-
-def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's weights and buffers."""
-    return {name: torch.clone(value) for name, value in model.state_dict().items()}

@@ -91,7 +91,7 @@ class Stepper:
         """Copy `model` to the device; it stays as it is."""
         place = device()
         self.recipe, self.place = recipe, place
-        self.work = copy.deepcopy(model).to(place, memory_format=torch.channels_last)
+        self.work = copy.deepcopy(model).to(place).to(memory_format=torch.channels_last)
         self.work.train().requires_grad_(True)
         self.master = self._lower(self.work) if recipe.precision == "bf16" else []
         masters = {id(low): high for low, high in self.master}

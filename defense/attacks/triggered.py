@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from defense.compute import batches, pixel_store
 from defense.contracts import Attack
 from defense.errors import DataError
 from defense.records import ImageSet, PoisonedSplit, Split, Truth, image_set
@@ -54,7 +55,9 @@ class TriggerAttack(Attack):
         chosen = victims[torch.randperm(len(victims), generator=generator)[:count].numpy()]
         poisoned = np.zeros(len(train), dtype=np.bool_)
         poisoned[chosen] = True
-        pixels, labels = train.uint8(), train.labels.copy()
+        pixels, labels = pixel_store((len(train), *train.shape)), train.labels.copy()
+        for rows in batches(len(train), 4096, label="copy"):
+            pixels[rows] = train.uint8(rows)
         pixels[poisoned] = self.stamp(pixels[poisoned])
         labels[poisoned] = target
         dirty = image_set(pixels, labels, train.ids, train.class_names)
@@ -63,9 +66,7 @@ class TriggerAttack(Attack):
 
     def _probe(self, test: ImageSet, target: int) -> tuple[ImageSet, NDArray[np.int64]]:
         rows = self.victims(test)
-        clean = replace(
-            test, labels=test.labels[rows], ids=test.ids[rows], rows=test.rows[rows]
-        )
+        clean = replace(test, labels=test.labels[rows], ids=test.ids[rows], rows=test.rows[rows])
         labels = np.full(len(rows), target, dtype=np.int64)
         probe = image_set(self.stamp(clean.uint8()), labels, clean.ids, test.class_names)
         return probe, clean.labels

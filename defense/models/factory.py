@@ -3,6 +3,7 @@
 import importlib
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from defense.contracts import Architecture
@@ -21,7 +22,7 @@ class Factory(Architecture):
 
     name: Literal["factory"] = "factory"
     factory: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """See `Architecture.build`."""
@@ -35,6 +36,8 @@ class Factory(Architecture):
                 f"{sorted(self.options)}, got '{self.factory}' ({error})"
             ) from error
         if not isinstance(network, nn.Module):
-            raise DefenseError(f"model.factory: '{self.factory}' returned {type(network)}, "
-                               "expected a torch.nn.Module")
+            raise DefenseError(
+                f"model.factory: '{self.factory}' returned {type(network)}, "
+                "expected a torch.nn.Module"
+            )
         return network

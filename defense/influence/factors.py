@@ -1,0 +1,185 @@
+"""EK-FAC factors (George et al. 2018, section 3; Grosse et al. 2023, section 2.2)."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defense.compute import batches
+from defense.errors import NumericalError
+from defense.influence.layers import (
+    Pair,
+    Tape,
+    coverage,
+    find_layers,
+    per_sample_gradient,
+    record,
+)
+from defense.method import Method
+from defense.records import Factors, ImageSet, LayerFactors
+from defense.training import frozen
+
+
+class FactorSettings(Method):
+    """How the curvature is estimated.
+
+    Attributes:
+        batch_size: Rows per step; bounds the memory, does not change the result.
+        fisher: ``sampled`` draws labels from the model (the true Fisher, equal to the
+            Gauss-Newton matrix of cross-entropy); ``empirical`` uses the training labels.
+    """
+
+    batch_size: int = Field(64, gt=0)
+    fisher: Literal["sampled", "empirical"] = "sampled"
+
+
+def fit_factors(
+    model: nn.Module, images: ImageSet, settings: FactorSettings, generator: torch.Generator
+) -> Factors:
+    """Fit the factors of every linear and convolution layer in two passes over the data.
+
+    The first pass sums the covariances of activations and of output gradients, whose
+    eigenvectors span the Kronecker basis; the second takes the mean squared per-sample
+    gradient in that basis, the eigenvalue correction.
+
+    Args:
+        model: The suspect model; it stays as it is.
+        images: The training set.
+        settings: How to estimate.
+        generator: Draws one label per row, the same for both passes.
+
+    Returns:
+        Factors on the CPU, float32.
+
+    Raises:
+        UnsupportedLayerError: The model has no layer to treat, or one runs twice.
+        NumericalError: A covariance or eigenvalue is not finite.
+    """
+    layers = find_layers(model)
+    draws = torch.rand(len(images), generator=generator)
+    source = _Source(images, settings, draws)
+    with frozen(model), record(layers) as tape:
+        covariances = _covariances(model, tape, source)
+        bases = {name: _basis(name, *pair) for name, pair in covariances.items()}
+        lambdas = _lambdas(model, tape, source, bases)
+    ran = {name: layers[name] for name in bases}
+    fitted = {
+        name: LayerFactors(*(part.cpu() for part in (*bases[name], lambdas[name])))
+        for name in bases
+    }
+    return Factors(fitted, len(images), coverage(model, ran))
+
+
+class _Source:
+    """Batches of the training set with the labels the Fisher matrix is taken over."""
+
+    def __init__(self, images: ImageSet, settings: FactorSettings, draws: Tensor) -> None:
+        self.images, self.settings, self.draws = images, settings, draws
+
+    def pairs(self, model: nn.Module, tape: Tape, label: str) -> Iterator[tuple[str, Pair]]:
+        """Yield activations and loss gradients of every layer for batch after batch."""
+        place = next(model.parameters()).device
+        for rows in batches(len(self.images), self.settings.batch_size, label=label):
+            with torch.enable_grad():
+                logits = model(self.images.images(rows).to(place)).float()
+                if self.settings.fisher == "empirical":
+                    labels = self.images.targets(rows).to(place)
+                else:
+                    labels = sample_labels(logits.detach(), self.draws[rows].to(place))
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+            yield from tape.pairs(loss)
+
+
+def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
+    """Draw a label per row from the model's distribution by inverting its cumulative sum.
+
+    Args:
+        logits: ``[n, k]``.
+        draws: Uniform numbers in [0, 1), ``[n]``; one per row, so that the label does not
+            depend on how rows are batched.
+    """
+    cumulative = logits.double().softmax(1).cumsum(1)
+    labels = torch.searchsorted(cumulative, draws.double()[:, None], right=True).squeeze(1)
+    return labels.clamp_max(logits.shape[1] - 1)
+
+
+def _covariances(model: nn.Module, tape: Tape, source: _Source) -> dict[str, Pair]:
+    """Sum the uncentred covariances: name to (``[g, i, i]``, ``[g, o, o]``)."""
+    sums: dict[str, Pair] = {}
+    for name, pair in source.pairs(model, tape, "covariances"):
+        new = tuple(_gram(part) for part in pair)
+        old = sums.get(name)
+        sums[name] = (new[0], new[1]) if old is None else (old[0] + new[0], old[1] + new[1])
+    return sums
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Sum outer products over samples and positions: ``[n, g, t, d]`` to ``[g, d, d]``."""
+    flat = rows.transpose(0, 1).flatten(1, 2)
+    return flat.transpose(1, 2) @ flat
+
+
+def _basis(name: str, activation: Tensor, gradient: Tensor) -> Pair:
+    """Eigenvectors of both covariances of a layer, in columns."""
+    return _eigenvectors(name, "activation", activation), _eigenvectors(name, "gradient", gradient)
+
+
+def _eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
+    wide = matrix.double()
+    symmetric = (wide + wide.transpose(1, 2)) / 2
+    if not symmetric.isfinite().all():
+        raise NumericalError(
+            f"the {side} covariance of layer {name} is not finite; "
+            "the model's weights or activations overflow: train it again"
+        )
+    return torch.linalg.eigh(symmetric).eigenvectors.float()
+
+
+def rotate(gradient: Tensor, activation_basis: Tensor, gradient_basis: Tensor) -> Tensor:
+    """Bring gradients ``[n, g, o, i]`` into the Kronecker eigenbasis."""
+    return gradient_basis.transpose(1, 2) @ gradient @ activation_basis
+
+
+def rotated_gradient(pair: Pair, basis: Pair) -> Tensor:
+    """Per-sample gradients in the eigenbasis, ``[n, g, o, i]``, by the cheaper order."""
+    a, s = pair
+    if a.shape[2] < min(a.shape[3], s.shape[3]):
+        return per_sample_gradient(a @ basis[0], s @ basis[1])
+    return rotate(per_sample_gradient(a, s), *basis)
+
+
+def _lambdas(
+    model: nn.Module, tape: Tape, source: _Source, bases: dict[str, Pair]
+) -> dict[str, Tensor]:
+    """Mean squared per-sample gradient in the eigenbasis, ``[g, o, i]``, by layer."""
+    sums: dict[str, Tensor] = {}
+    for name, pair in source.pairs(model, tape, "lambda"):
+        new = rotated_gradient(pair, bases[name]).square().sum(0)
+        sums[name] = sums[name] + new if name in sums else new
+    return {name: total / len(source.images) for name, total in sums.items()}
+
+
+def precondition(gradient: Tensor, factors: LayerFactors, damping: float) -> Tensor:
+    """Multiply gradients by the inverse damped EK-FAC matrix.
+
+    Args:
+        gradient: ``[q, g, o, i]``.
+        factors: Factors of the layer.
+        damping: Relative to the mean of the layer's Lambda (Grosse et al. 2023 use 0.1).
+
+    Raises:
+        NumericalError: Lambda is zero everywhere, so that nothing can be divided by it.
+    """
+    eigenvalues = factors.lambda_matrix
+    mean = eigenvalues.mean()
+    if not mean > 0:
+        raise NumericalError(
+            f"expected a positive mean Lambda, got {float(mean)}; every gradient of the layer "
+            "vanished: the layer is dead or the model is saturated"
+        )
+    basis = factors.activation_eigenvectors, factors.gradient_eigenvectors
+    scaled = rotate(gradient, *basis) / (eigenvalues + damping * mean)
+    return basis[1] @ scaled @ basis[0].transpose(1, 2)
