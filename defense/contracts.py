@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from defense.method import Method
+from defense.recipe import Recipe
 from defense.records import Case, Flags, ImageSet, PoisonedSplit, Split, Trained
-from defense.training import Recipe
 
 
 class DataSource(Method):

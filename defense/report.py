@@ -81,11 +81,11 @@ class DetectionQuality(Part):
 
 
 class Affected(Part):
-    """An affected input: its id, the label the suspect model gave, its true class if known."""
+    """An affected input: its id, the label the suspect model gave, its true class."""
 
     id: str
     predicted: str
-    true: str | None
+    true: str
 
 
 class Evidence(Part):
@@ -104,7 +104,7 @@ class AuditReport(Part):
         before: The suspect model.
         after: The remediated model.
         detection: Flags against truth, for all rows and for the rows with the predicted
-            label; None without truth.
+            label.
         detector_verdict: ``poison found`` or ``nothing found``.
         num_train: Training rows.
         num_flagged: Rows removed.
@@ -120,7 +120,7 @@ class AuditReport(Part):
     version: int = 1
     before: ModelQuality
     after: ModelQuality
-    detection: list[DetectionQuality] | None
+    detection: list[DetectionQuality]
     detector_verdict: str
     num_train: int
     num_flagged: int

@@ -162,11 +162,11 @@ def save_scores(
     return write_artifact(path, "scores", files, inputs=inputs)
 
 
-def load_scores(path: Path) -> tuple[Queries, NDArray[np.float32], Manifest]:
+def load_scores(path: Path) -> tuple[tuple[Queries, NDArray[np.float32]], Manifest]:
     """Load queries and their scores, the scores memory-mapped."""
     manifest = open_artifact(path, "scores")
     queries = Queries(**read_tensors(path / "queries.safetensors"))
-    return queries, read_array(path / "scores.npy", mapped=True), manifest
+    return (queries, read_array(path / "scores.npy", mapped=True)), manifest
 
 
 def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:

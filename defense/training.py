@@ -9,62 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from defense.compute import PROGRESS_DELAY, batches, device
 from defense.errors import DataError, NumericalError
-from defense.method import Method
+from defense.recipe import Recipe, rate
 from defense.records import ImageSet, Trained
 
 PREDICT_BATCH = 500
 CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one epoch
-
-
-class Recipe(Method):
-    """Training with SGD and Nesterov momentum on cross-entropy, without label smoothing.
-
-    Attributes:
-        epochs: Passes over the data.
-        batch_size: Rows per step.
-        learning_rate: Peak learning rate.
-        momentum: Nesterov momentum; 0 turns it off.
-        weight_decay: L2 penalty on every parameter.
-        schedule: ``triangle`` (linear warm-up over a fifth of the steps, then linear decay),
-            ``cosine``, ``steps`` (x 0.1 at 35 %, 60 % and 87.5 %, the paper's) or ``constant``.
-        shift: Largest random shift in pixels, filled with black.
-        flip: Mirror half of the images.
-        precision: ``bf16`` keeps an fp32 master copy; worth it where the hardware has bf16.
-    """
-
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(128, gt=1)
-    learning_rate: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["triangle", "cosine", "steps", "constant"] = "triangle"
-    shift: int = Field(0, ge=0)
-    flip: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-
-def rate(recipe: Recipe, progress: float) -> float:
-    """Learning rate after a share `progress` in [0, 1) of all steps."""
-    if recipe.schedule == "constant":
-        factor = 1.0
-    elif recipe.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
-    elif recipe.schedule == "steps":
-        factor = 0.1 ** sum(progress >= mark for mark in (0.35, 0.6, 0.875))
-    else:
-        factor = max(min(progress / 0.2, (1 - progress) / 0.8), 0.01)
-    return recipe.learning_rate * factor
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -282,7 +241,7 @@ def _epochs(
                     f"the loss of {label} is {loss} in epoch {epoch + 1}; "
                     f"lower learning_rate (now {recipe.learning_rate:g})"
                 )
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+            bar.set_postfix(refresh=False, epoch=epoch + 1, loss=f"{loss:.3f}")
             checkpoint.save(
                 {
                     "weights": stepper.weights(),

@@ -7,8 +7,9 @@ from torch import nn
 from defense.compute import seeded
 from defense.contracts import Architecture, Trainer
 from defense.models.assemble import build_model, channel_statistics
+from defense.recipe import Recipe
 from defense.records import ImageSet, Trained
-from defense.training import Recipe, train
+from defense.training import train
 
 
 def make_trainer(

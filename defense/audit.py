@@ -1,0 +1,142 @@
+"""The audit: measure before and after, with the truth in hand, and write the report."""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from defense.artifacts import Manifest
+from defense.method import Method
+from defense.metrics import detection_quality, model_quality
+from defense.records import Flags, ImageSet, Truth
+from defense.report import Affected, AuditReport, Evidence, ModelQuality
+from defense.training import predict
+
+
+class AuditSettings(Method):
+    """What counts as success.
+
+    Attributes:
+        psr_bound: The poison success rate must stay below this; the paper's is 5 %.
+        accuracy_drop_bound: Clean accuracy may drop by this fraction at most.
+    """
+
+    psr_bound: float = Field(0.05, gt=0, le=1)
+    accuracy_drop_bound: float = Field(0.02, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """What an audit looks at.
+
+    Attributes:
+        train: The poisoned train set.
+        test: The clean test set.
+        probe: The triggered test images.
+        truth: What was planted.
+        affected: The inputs the investigation started from, labelled as predicted.
+        flags: The detector's answer.
+        before: The suspect model.
+        after: The remediated model.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    probe: ImageSet
+    truth: Truth
+    affected: ImageSet
+    flags: Flags
+    before: nn.Module
+    after: nn.Module
+
+
+def evidence(manifests: Mapping[str, tuple[Path, Manifest]]) -> dict[str, Evidence]:
+    """Seal artefacts by the digest of their manifests."""
+    return {
+        name: Evidence(path=path.as_posix(), sha256=manifest.digest, inputs=manifest.inputs)
+        for name, (path, manifest) in manifests.items()
+    }
+
+
+def measure(exhibits: Exhibits, model: nn.Module, label: str) -> ModelQuality:
+    """Measure one model on the test set and the probe."""
+    return model_quality(
+        predict(model, exhibits.test, label=f"test, {label}"),
+        predict(model, exhibits.probe, label=f"probe, {label}"),
+        exhibits.test,
+        exhibits.probe,
+        exhibits.truth,
+        exhibits.affected.ids,
+    )
+
+
+def is_success(before: ModelQuality, after: ModelQuality, settings: AuditSettings) -> bool:
+    """Tell whether the poison is gone and accuracy kept; what was not measured fails."""
+    psr, was, now = after.psr.value, before.clean_accuracy.value, after.clean_accuracy.value
+    if psr is None or was is None or now is None:
+        return False
+    return psr < settings.psr_bound and was - now <= settings.accuracy_drop_bound
+
+
+def audit(
+    exhibits: Exhibits,
+    settings: AuditSettings,
+    *,
+    methods: dict[str, Any],
+    gradient_samples: dict[str, int],
+    artifacts: dict[str, Evidence],
+) -> AuditReport:
+    """Measure both models and the detector.
+
+    Args:
+        exhibits: What to look at.
+        settings: What counts as success.
+        methods: Settings of every method that took part, by params section.
+        gradient_samples: Per-sample gradients spent, by stage.
+        artifacts: Digest of every artefact that was used.
+    """
+    before = measure(exhibits, exhibits.before, "before")
+    after = measure(exhibits, exhibits.after, "after")
+    return AuditReport(
+        before=before,
+        after=after,
+        detection=detection_quality(exhibits.flags, exhibits.truth),
+        detector_verdict=exhibits.flags.verdict,
+        num_train=len(exhibits.train),
+        num_flagged=int(exhibits.flags.mask.sum()),
+        affected=_affected(exhibits),
+        methods=methods,
+        gradient_samples=gradient_samples,
+        success=is_success(before, after, settings),
+        psr_bound=settings.psr_bound,
+        accuracy_drop_bound=settings.accuracy_drop_bound,
+        artifacts=artifacts,
+    )
+
+
+def _affected(exhibits: Exhibits) -> list[Affected]:
+    names, inputs = exhibits.train.class_names, exhibits.affected
+    true = dict(zip(exhibits.probe.ids, exhibits.truth.probe_labels, strict=True))
+    return [
+        Affected(id=str(name), predicted=names[label], true=names[true[name]])
+        for name, label in zip(inputs.ids, inputs.labels, strict=True)
+    ]
+
+
+def flags_csv(train: ImageSet, flags: Flags) -> str:
+    """List the flagged rows, most suspicious first, as CSV."""
+    rows = np.flatnonzero(flags.mask)
+    order = rows[np.argsort(-flags.suspicion[rows], kind="stable")]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["row", "id", "label", "suspicion"])
+    for row in order:
+        name, label = train.ids[row], train.class_names[train.labels[row]]
+        table.writerow([row, name, label, f"{flags.suspicion[row]:.6g}"])
+    return text.getvalue()

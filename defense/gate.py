@@ -1,0 +1,179 @@
+"""The release gate: judge recorded evidence under a policy. No torch, well under a second."""
+
+import json
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from defense.artifacts import open_artifact, sha256_file, to_json, write_text
+from defense.errors import ArtifactError, EvidenceError
+from defense.method import Method
+from defense.report import AuditReport, read_report
+
+VERDICT = "verdict.json"
+
+
+class Policy(Method):
+    """What a model must show to be released. Every bound is inclusive.
+
+    Attributes:
+        max_psr: Largest accepted poison success rate of the remediated model.
+        max_accuracy_drop: Largest accepted loss of clean accuracy, as a fraction.
+        min_clean_accuracy: Smallest accepted clean accuracy of the remediated model.
+        max_affected_fooled: Largest accepted share of affected inputs that still get the
+            label they were reported with.
+    """
+
+    max_psr: float = Field(0.05, ge=0, le=1)
+    max_accuracy_drop: float = Field(0.02, ge=-1, le=1)
+    min_clean_accuracy: float = Field(0.0, ge=0, le=1)
+    max_affected_fooled: float = Field(0.0, ge=0, le=1)
+
+
+class Check(BaseModel):
+    """One comparison of a measured value with a bound; a value that is missing fails."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    value: float | None
+    sense: Literal["<=", ">="]
+    bound: float
+    passed: bool
+
+
+class Verdict(BaseModel):
+    """The gate's answer, bound to the evidence by hash.
+
+    Attributes:
+        passed: Whether every check passed.
+        checks: The comparisons.
+        policy: The policy they come from.
+        report_sha256: sha256 of the audit report that was judged.
+        model_sha256: Digest of the remediated model that was audited.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    passed: bool
+    checks: list[Check]
+    policy: Policy
+    report_sha256: str
+    model_sha256: str
+
+
+def _check(name: str, value: float | None, sense: Literal["<=", ">="], bound: float) -> Check:
+    known = value if value is not None and value == value else None
+    passed = known is not None and (known <= bound if sense == "<=" else known >= bound)
+    return Check(id=name, value=known, sense=sense, bound=bound, passed=passed)
+
+
+def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:
+    """Compare a report with a policy. A figure that was not measured blocks."""
+    after = report.after
+    checks = [
+        _check("psr", after.psr.value, "<=", policy.max_psr),
+        _check("accuracy_drop", report.accuracy_drop, "<=", policy.max_accuracy_drop),
+        _check("clean_accuracy", after.clean_accuracy.value, ">=", policy.min_clean_accuracy),
+        _check("affected_fooled", after.affected_fooled.value, "<=", policy.max_affected_fooled),
+    ]
+    return Verdict(
+        passed=all(check.passed for check in checks),
+        checks=checks,
+        policy=policy,
+        report_sha256=report_sha256,
+        model_sha256=report.artifacts["remediated"].sha256,
+    )
+
+
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """Write the verdict as JSON, Markdown and JUnit XML into a folder."""
+    write_text(folder / VERDICT, to_json(verdict.model_dump()))
+    write_text(folder / "verdict.md", to_markdown(verdict))
+    write_text(folder / "verdict.xml", to_junit(verdict))
+
+
+def to_markdown(verdict: Verdict) -> str:
+    """Format a verdict for a job summary."""
+    lines = [
+        f"## Release gate: {'PASS' if verdict.passed else 'BLOCKED'}",
+        "",
+        "| check | measured | policy | result |",
+        "|---|---|---|---|",
+    ]
+    for check in verdict.checks:
+        value = "not measured" if check.value is None else f"{check.value:.4f}"
+        result = "pass" if check.passed else "**blocked**"
+        lines.append(f"| {check.id} | {value} | {check.sense} {check.bound:g} | {result} |")
+    lines += ["", f"Report sha256 `{verdict.report_sha256}`  "]
+    lines += [f"Model sha256 `{verdict.model_sha256}`", ""]
+    return "\n".join(lines)
+
+
+def to_junit(verdict: Verdict) -> str:
+    """Format a verdict as JUnit XML, one test case per check."""
+    failures = sum(not check.passed for check in verdict.checks)
+    suite = ElementTree.Element(
+        "testsuite", name="defense.gate", tests=str(len(verdict.checks)), failures=str(failures)
+    )
+    for check in verdict.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname="defense.gate", name=check.id)
+        if not check.passed:
+            text = f"measured {check.value}, policy {check.sense} {check.bound:g}"
+            ElementTree.SubElement(case, "failure", message=text)
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Read a verdict.
+
+    Raises:
+        EvidenceError: The file is missing or is not a verdict.
+    """
+    if not path.is_file():
+        raise EvidenceError(f"expected a verdict at {path}, found none; run: dvc repro gate")
+    try:
+        return Verdict.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise EvidenceError(f"{path} is not a verdict ({reason}); run: dvc repro gate") from error
+
+
+def verify(home: Path, policy: Policy) -> Verdict:
+    """Judge the evidence in a pipeline's folder again, and check it against the recorded verdict.
+
+    Args:
+        home: The folder that holds ``reports`` and ``artifacts``.
+        policy: The policy in force now, which may differ from the recorded one.
+
+    Returns:
+        The verdict under the policy in force.
+
+    Raises:
+        EvidenceError: The report, the verdict or the remediated model is missing, or does not
+            have the sha256 that was recorded for it.
+    """
+    file = home / "reports" / "audit.json"
+    report, recorded = read_report(file), read_verdict(home / "reports" / VERDICT)
+    _same("the audit report", sha256_file(file), recorded.report_sha256, "dvc repro gate")
+    evidence = report.artifacts.get("remediated")
+    if evidence is None:
+        raise EvidenceError(f"{file} names no remediated model; run: dvc repro audit")
+    try:
+        digest = open_artifact(home / evidence.path, "model").digest
+    except ArtifactError as error:
+        raise EvidenceError(str(error)) from error
+    _same("the remediated model", digest, evidence.sha256, "dvc repro audit")
+    _same("the verdict's model", recorded.model_sha256, evidence.sha256, "dvc repro gate")
+    return judge(report, recorded.report_sha256, policy)
+
+
+def _same(what: str, actual: str, expected: str, remedy: str) -> None:
+    if actual != expected:
+        raise EvidenceError(
+            f"{what} does not match its record: expected sha256 {expected[:12]}…, "
+            f"got {actual[:12]}…; run: {remedy}"
+        )

@@ -1,0 +1,1 @@
+"""The pipeline: thin stages that `dvc repro` runs in order."""

@@ -1,0 +1,39 @@
+"""Run one stage: ``python -m pipelines <stage>``."""
+
+import importlib
+import sys
+
+import click
+
+from defense.errors import DefenseError
+from pipelines import paths
+from pipelines.params import read_params
+
+STAGES = (
+    "data",
+    "poison",
+    "train",
+    "factors",
+    "influence",
+    "detect",
+    "remediate",
+    "audit",
+    "gate",
+    "track",
+)
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(STAGES))
+def main(stage: str) -> None:
+    """Run one stage in the current folder; all of params.yaml is validated first."""
+    try:
+        params = read_params(paths.PARAMS)
+        importlib.import_module(f"pipelines.stages.{stage}").run(params)
+    except DefenseError as error:
+        click.echo(f"error: {stage}: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module per stage; each has ``run(params)`` and knows paths, not methods."""

@@ -1,0 +1,102 @@
+"""Measure before and after, draw the pictures and write the report."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from defense.artifacts import Manifest, require_input, write_json, write_text
+from defense.audit import Exhibits, audit, evidence, flags_csv
+from defense.html import render
+from defense.pictures import draw
+from defense.report import AuditReport
+from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
+from pipelines import paths
+from pipelines.params import Params
+from pipelines.stages.common import load_model
+
+T = TypeVar("T")
+OTHER_SECTIONS = {"gate", "tracking"}  # what happens after the audit
+
+
+class Shelf:
+    """Opens artefacts and notes the manifest of each, so that the report can name them all."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.manifests: dict[str, tuple[Path, Manifest]] = {}
+
+    def note(self, path: Path, manifest: Manifest) -> None:
+        """Note an opened artefact, and refuse it if it belongs to another run."""
+        for role in manifest.inputs.keys() & self.manifests.keys():
+            require_input(manifest, role, self.manifests[role][1].digest, owner=path)
+        self.manifests[path.name] = path, manifest
+
+    def take(self, path: Path, load: Callable[[Path], tuple[T, Manifest]]) -> T:
+        """Open an artefact with the loader of its kind."""
+        value, manifest = load(path)
+        self.note(path, manifest)
+        return value
+
+
+def run(params: Params) -> None:
+    """Write the report as JSON and HTML, the pictures and the list of flagged rows."""
+    shelf = Shelf()
+    exhibits = collect(params, shelf)
+    costs = {
+        name: shelf.manifests[artifact][1].meta["gradient_samples"]
+        for name, artifact in (("train", "suspect"), ("remediate", "remediated"))
+    }
+    report = audit(
+        exhibits,
+        params.audit,
+        methods=params.model_dump(mode="json", exclude=OTHER_SECTIONS),
+        gradient_samples=costs,
+        artifacts=evidence(shelf.manifests),
+    )
+    publish(report, exhibits)
+
+
+def collect(params: Params, shelf: Shelf) -> Exhibits:
+    """Open everything the audit looks at, in the order it was made."""
+    shelf.take(paths.CLEAN_TRAIN, load_images)
+    test = shelf.take(paths.TEST, load_images)
+    train = shelf.take(paths.POISONED_TRAIN, load_images)
+    probe = shelf.take(paths.PROBE, load_images)
+    truth = shelf.take(paths.TRUTH, load_truth)
+    before = shelf.take(paths.SUSPECT, lambda path: load_model(path, params, train))
+    affected = shelf.take(paths.AFFECTED, load_images)
+    shelf.take(paths.FACTORS, load_factors)
+    shelf.take(paths.SCORES, load_scores)
+    flags = shelf.take(paths.FLAGS, load_flags)
+    after = shelf.take(paths.REMEDIATED, lambda path: load_model(path, params, train))
+    return Exhibits(train, test, probe, truth, affected, flags, before, after)
+
+
+def publish(report: AuditReport, exhibits: Exhibits) -> None:
+    """Write what people and later stages read."""
+    pictures = draw(report, exhibits.train, exhibits.affected, exhibits.flags, exhibits.truth)
+    paths.PLOTS.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        (paths.PLOTS / name).write_bytes(png)
+    write_json(paths.REPORTS / "audit.json", report.model_dump(mode="json"))
+    write_text(paths.REPORTS / "report.html", render(report, pictures))
+    write_text(paths.REPORTS / "flags.csv", flags_csv(exhibits.train, exhibits.flags))
+    write_json(paths.METRICS / "audit.json", headline(report))
+
+
+def headline(report: AuditReport) -> dict[str, Any]:
+    """Pick the figures that ``dvc metrics diff`` compares."""
+    figures: dict[str, Any] = {"success": report.success, "accuracy_drop": report.accuracy_drop}
+    for moment, quality in (("before", report.before), ("after", report.after)):
+        figures[moment] = {
+            name: getattr(quality, name).value for name in type(quality).model_fields
+        }
+    figures["detection"] = {
+        entry.rows: {
+            "tpr": entry.tpr.value,
+            "precision": entry.precision.value,
+            "average_precision": entry.average_precision,
+        }
+        for entry in report.detection
+    }
+    return figures

@@ -1,0 +1,16 @@
+"""Load the data and keep them as memory-mapped artefacts."""
+
+from defense.artifacts import write_json
+from defense.compute import seeded
+from defense.storage import save_images
+from pipelines import paths
+from pipelines.params import Params
+
+
+def run(params: Params) -> None:
+    """Write the clean train and test sets."""
+    split = params.data.load(seeded(params.seed, "data"))
+    save_images(paths.CLEAN_TRAIN, split.train)
+    save_images(paths.TEST, split.test)
+    counts = {"num_train": len(split.train), "num_test": len(split.test)}
+    write_json(paths.METRICS / "data.json", counts | {"num_classes": split.train.num_classes})

@@ -1,0 +1,21 @@
+"""Fit the EK-FAC factors of the suspect model."""
+
+from defense.artifacts import require_input, write_json
+from defense.compute import seeded
+from defense.influence.factors import fit_factors
+from defense.storage import load_images, save_factors
+from pipelines import paths
+from pipelines.params import Params
+from pipelines.stages.common import load_model
+
+
+def run(params: Params) -> None:
+    """Write the factors."""
+    train, manifest = load_images(paths.POISONED_TRAIN)
+    model, suspect = load_model(paths.SUSPECT, params, train)
+    require_input(suspect, "poisoned_train", manifest.digest, owner=paths.SUSPECT)
+    factors = fit_factors(model, train, params.factors, seeded(params.seed, "fisher"))
+    origin = {"suspect": suspect.digest, "poisoned_train": manifest.digest}
+    save_factors(paths.FACTORS, factors, inputs=origin)
+    summary = {"coverage": factors.coverage, "num_layers": len(factors.layers)}
+    write_json(paths.METRICS / "factors.json", summary)

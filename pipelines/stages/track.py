@@ -1,0 +1,21 @@
+"""Record the run in MLflow, once per lineage."""
+
+from defense.artifacts import write_json
+from defense.gate import read_verdict
+from defense.lineage import read_lineage
+from defense.report import read_report
+from defense.tracking import Recorded, track
+from pipelines import paths
+from pipelines.params import Params
+
+
+def run(params: Params) -> None:
+    """Write the run's id."""
+    recorded = Recorded(
+        paths.HOME,
+        read_report(paths.REPORTS / "audit.json"),
+        read_lineage(paths.HOME),
+        read_verdict(paths.REPORTS / "verdict.json").passed,
+    )
+    record = track(recorded, params.tracking.experiment)
+    write_json(paths.REPORTS / "tracked.json", record)

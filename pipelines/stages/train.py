@@ -1,0 +1,54 @@
+"""Train the suspect model and pick the inputs it gets wrong."""
+
+import numpy as np
+import torch
+
+from defense.artifacts import write_json
+from defense.compute import seeded
+from defense.errors import DataError
+from defense.influence.layers import find_layers
+from defense.records import ImageSet
+from defense.storage import load_images, save_images, save_model
+from defense.training import predict
+from defense.victim import make_trainer
+from pipelines import paths
+from pipelines.params import Params
+
+
+def run(params: Params) -> None:
+    """Write the suspect model and the affected inputs."""
+    train, manifest = load_images(paths.POISONED_TRAIN)
+    probe, probe_manifest = load_images(paths.PROBE)
+    find_layers(params.model.build(train.shape, train.num_classes))  # refuse before training
+    trainer = make_trainer(
+        params.model, params.train, seed=params.seed, stream="suspect", scratch=paths.SCRATCH
+    )
+    trained = trainer.fit(train)
+    predicted = predict(trained.model, probe, label="probe")
+    affected = choose_affected(
+        probe, predicted, params.affected.count, seeded(params.seed, "affected")
+    )
+    cost = {"gradient_samples": trained.gradient_samples}
+    origin = {"poisoned_train": manifest.digest}
+    digest = save_model(paths.SUSPECT, trained.model, meta=cost, inputs=origin)
+    sources = {"probe": probe_manifest.digest, "suspect": digest}
+    save_images(paths.AFFECTED, affected, inputs=sources)
+    write_json(paths.METRICS / "train.json", cost)
+
+
+def choose_affected(
+    probe: ImageSet, predicted: np.ndarray, count: int, generator: torch.Generator
+) -> ImageSet:
+    """Draw affected inputs at random among the probe images that get the probe's label.
+
+    Raises:
+        DataError: Fewer than `count` succeed.
+    """
+    succeed = np.flatnonzero(predicted == probe.labels)
+    if len(succeed) < count:
+        raise DataError(
+            f"affected.count is {count}, but only {len(succeed)} of {len(probe)} triggered images "
+            "get the target class: lower it, or make the attack or the training stronger"
+        )
+    chosen = succeed[torch.randperm(len(succeed), generator=generator)[:count].numpy()]
+    return probe.where(np.isin(np.arange(len(probe)), chosen))
