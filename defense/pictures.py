@@ -90,15 +90,16 @@ def _histogram(flags: Flags, truth: Truth) -> bytes:
     for name, (mask, colour) in groups.items():
         axes.hist(flags.suspicion[mask], edges, histtype="step", color=colour, label=name, lw=1.6)
     axes.axvline(flags.threshold, color="black", lw=1, ls="--", label="threshold")
-    axes.set(xscale="symlog", yscale="log", xlabel="suspicion", ylabel="training rows")
+    axes.set(yscale="log", xlabel="suspicion", ylabel="training rows")
     axes.set_xscale("symlog", linthresh=edges[len(edges) // 2 + 1])
+    axes.tick_params(axis="x", labelsize=8)
     axes.legend(fontsize=8)
     return _png(figure)
 
 
 def _symmetric_log_edges(largest: float) -> list[float]:
-    """Bin edges over five decades on both sides of zero."""
-    positive = largest * np.logspace(-5, 0, 31)
+    """Bin edges over three decades on both sides of zero."""
+    positive = largest * np.logspace(-3, 0, 25)
     return [*-positive[::-1], 0.0, *positive]
 
 

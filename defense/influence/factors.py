@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from defense.compute import batches
 from defense.errors import NumericalError
@@ -18,6 +17,7 @@ from defense.influence.layers import (
     per_sample_gradient,
     record,
 )
+from defense.influence.task import CLASSIFICATION, Task
 from defense.method import Method
 from defense.records import Factors, ImageSet, LayerFactors
 from defense.training import frozen
@@ -37,7 +37,11 @@ class FactorSettings(Method):
 
 
 def fit_factors(
-    model: nn.Module, images: ImageSet, settings: FactorSettings, generator: torch.Generator
+    model: nn.Module,
+    images: ImageSet,
+    settings: FactorSettings,
+    generator: torch.Generator,
+    task: Task = CLASSIFICATION,
 ) -> Factors:
     """Fit the factors of every linear and convolution layer in two passes over the data.
 
@@ -50,6 +54,7 @@ def fit_factors(
         images: The training set.
         settings: How to estimate.
         generator: Draws one label per row, the same for both passes.
+        task: Loss and label distribution of the model.
 
     Returns:
         Factors on the CPU, float32.
@@ -60,7 +65,7 @@ def fit_factors(
     """
     layers = find_layers(model)
     draws = torch.rand(len(images), generator=generator)
-    source = _Source(images, settings, draws)
+    source = _Source(images, settings, draws, task)
     with frozen(model), record(layers) as tape:
         covariances = _covariances(model, tape, source)
         bases = {name: _basis(name, *pair) for name, pair in covariances.items()}
@@ -76,34 +81,22 @@ def fit_factors(
 class _Source:
     """Batches of the training set with the labels the Fisher matrix is taken over."""
 
-    def __init__(self, images: ImageSet, settings: FactorSettings, draws: Tensor) -> None:
-        self.images, self.settings, self.draws = images, settings, draws
+    def __init__(
+        self, images: ImageSet, settings: FactorSettings, draws: Tensor, task: Task
+    ) -> None:
+        self.images, self.settings, self.draws, self.task = images, settings, draws, task
 
     def pairs(self, model: nn.Module, tape: Tape, label: str) -> Iterator[tuple[str, Pair]]:
         """Yield activations and loss gradients of every layer for batch after batch."""
         place = next(model.parameters()).device
         for rows in batches(len(self.images), self.settings.batch_size, label=label):
-            with torch.enable_grad():
-                logits = model(self.images.images(rows).to(place)).float()
-                if self.settings.fisher == "empirical":
-                    labels = self.images.targets(rows).to(place)
-                else:
-                    labels = sample_labels(logits.detach(), self.draws[rows].to(place))
-                loss = F.cross_entropy(logits, labels, reduction="sum")
+            outputs = model(self.images.images(rows).to(place)).float()
+            if self.settings.fisher == "empirical":
+                targets = self.images.targets(rows).to(place)
+            else:
+                targets = self.task.sample(outputs.detach(), self.draws[rows].to(place))
+            loss = self.task.loss(outputs, targets).sum()
             yield from tape.pairs(loss)
-
-
-def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
-    """Draw a label per row from the model's distribution by inverting its cumulative sum.
-
-    Args:
-        logits: ``[n, k]``.
-        draws: Uniform numbers in [0, 1), ``[n]``; one per row, so that the label does not
-            depend on how rows are batched.
-    """
-    cumulative = logits.double().softmax(1).cumsum(1)
-    labels = torch.searchsorted(cumulative, draws.double()[:, None], right=True).squeeze(1)
-    return labels.clamp_max(logits.shape[1] - 1)
 
 
 def _covariances(model: nn.Module, tape: Tape, source: _Source) -> dict[str, Pair]:

@@ -1,0 +1,49 @@
+"""What a model is trained for: its loss, its distribution of labels, and what is measured."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Task(ABC):
+    """The three functions influence needs; all of them treat every sample on its own."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Training loss of every sample, ``[n]``, from outputs ``[n, k]``."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, draws: Tensor) -> Tensor:
+        """Draw targets from the model's own distribution with uniform numbers ``[n]``.
+
+        One number per row makes the draw independent of how rows are batched.
+        """
+
+    @abstractmethod
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Measure how much every sample's output speaks for a target, ``[n]``."""
+
+
+class Classification(Task):
+    """Cross-entropy, measured by the margin of a label."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Task.loss`."""
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    def sample(self, outputs: Tensor, draws: Tensor) -> Tensor:
+        """See `Task.sample`; inverts the cumulative distribution."""
+        cumulative = outputs.double().softmax(1).cumsum(1)
+        labels = torch.searchsorted(cumulative, draws.double()[:, None], right=True).squeeze(1)
+        return labels.clamp_max(outputs.shape[1] - 1)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Task.measure`: a logit minus the log-sum-exp of all others (Park et al. 2023)."""
+        index = targets[:, None]
+        chosen = outputs.gather(1, index).squeeze(1)
+        return chosen - outputs.scatter(1, index, -torch.inf).logsumexp(1)
+
+
+CLASSIFICATION = Classification()

@@ -1,0 +1,106 @@
+"""Per-sample gradients against a loop of autograd, for every kind of layer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from defense.errors import UnsupportedLayerError
+from defense.influence.layers import find_layers, flat_gradient, per_sample_gradient, record
+from defense.training import frozen
+
+LAYERS = {
+    "plain": lambda: nn.Conv2d(4, 6, 3, bias=False),
+    "bias": lambda: nn.Conv2d(4, 6, 3),
+    "stride": lambda: nn.Conv2d(4, 6, 3, stride=2),
+    "stride_pair": lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1)),
+    "padding": lambda: nn.Conv2d(4, 6, 3, padding=(2, 1)),
+    "padding_same": lambda: nn.Conv2d(4, 6, (2, 3), padding="same"),
+    "padding_reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "padding_circular": lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"),
+    "dilation": lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2),
+    "groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "groups_no_bias": lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2, padding=1),
+    "everything": lambda: nn.Conv2d(4, 8, 3, 2, 2, 2, 2),
+    "one_by_one": lambda: nn.Conv2d(4, 6, 1),
+}
+
+
+def gradients_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+    layers = find_layers(model)
+    with frozen(model), record(layers) as tape:
+        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        return {name: per_sample_gradient(*pair) for name, pair in tape.pairs(loss)}
+
+
+def loop_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+    """One backward pass per sample."""
+    model.eval()
+    rows: dict[str, list[torch.Tensor]] = {}
+    for image, label in zip(images, labels, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(image[None]), label[None]).backward()
+        for name, layer in find_layers(model).items():
+            bias = None if layer.bias is None else layer.bias.grad
+            rows.setdefault(name, []).append(flat_gradient(layer, layer.weight.grad, bias))
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def check(model: nn.Module, images: torch.Tensor, classes: int = 5) -> None:
+    labels = torch.arange(len(images)) % classes
+    ours, loop = gradients_of(model, images, labels), loop_gradients(model, images, labels)
+    assert ours.keys() == loop.keys()
+    for name in loop:
+        torch.testing.assert_close(ours[name], loop[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_convolution(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYERS[kind](), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+    images = torch.randn(7, 4, 9, 8)
+    model(images)  # sizes the lazy layer
+    check(model, images)
+
+
+def test_linear_over_tokens() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3, bias=False), nn.Flatten())
+    check(model, torch.randn(5, 4, 6), classes=12)
+
+
+def test_in_place_activation_after_batch_norm() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Flatten(), nn.LazyLinear(5)
+    )
+    images = torch.randn(7, 4, 6, 6)
+    model(images)
+    check(model, images)
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).train()
+    gradients_of(model, torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 2]))
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not model[1]._forward_hooks
+
+
+def test_refuses_a_model_without_layers() -> None:
+    with pytest.raises(UnsupportedLayerError, match="at least one Linear or Conv2d"):
+        find_layers(nn.Sequential(nn.Flatten(), nn.ReLU()))
+
+
+def test_refuses_tied_weights() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    with pytest.raises(UnsupportedLayerError, match="share one weight"):
+        find_layers(nn.Sequential(first, second))
+
+
+def test_refuses_a_layer_that_runs_twice() -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedLayerError, match="more than once"):
+        gradients_of(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, 4), torch.tensor([0, 1]))
