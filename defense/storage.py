@@ -25,8 +25,11 @@ def array(values: NDArray[Any]) -> Writer:
 
 
 def tensors(values: Mapping[str, Tensor]) -> Writer:
-    """Write tensors as safetensors without metadata, which keeps the bytes stable."""
-    ready = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    """Write tensors as safetensors without metadata, which keeps the bytes stable.
+
+    They are copied, because the format refuses tensors that share memory.
+    """
+    ready = {name: value.detach().cpu().contiguous().clone() for name, value in values.items()}
     return lambda path: save_file(ready, path)
 
 

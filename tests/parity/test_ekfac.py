@@ -100,7 +100,7 @@ def exact_block(model: nn.Module, images, name: str) -> tuple[Tensor, Tensor]:
     with frozen(model), record(layers) as tape:
         outputs = model(images.images())
         loss = F.cross_entropy(outputs, images.targets(), reduction="sum")
-        gradient = dict((n, per_sample_gradient(*p)) for n, p in tape.pairs(loss))[name][:, 0]
+        gradient = {n: per_sample_gradient(*p) for n, p in tape.pairs(loss)}[name][:, 0]
     flat = gradient.double().flatten(1)
     return gradient, flat.T @ flat / len(flat)
 

@@ -103,4 +103,6 @@ def test_refuses_tied_weights() -> None:
 def test_refuses_a_layer_that_runs_twice() -> None:
     layer = nn.Linear(4, 4)
     with pytest.raises(UnsupportedLayerError, match="more than once"):
-        gradients_of(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, 4), torch.tensor([0, 1]))
+        gradients_of(
+            nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, 4), torch.tensor([0, 1])
+        )

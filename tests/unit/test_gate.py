@@ -1,0 +1,198 @@
+"""The gate: verdicts, exit codes, and evidence that does not match."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from defense.artifacts import sha256_file, write_json
+from defense.cli import main
+from defense.gate import Policy, judge, verify, write_verdict
+from defense.lineage import verify_lineage, write_lineage
+from defense.report import AuditReport, Evidence, ModelQuality, Rate, read_report
+from defense.storage import save_model
+
+
+def quality(psr: int, correct: int, total: int = 100) -> ModelQuality:
+    fooled = Rate.of(int(psr > 50), 1)
+    return ModelQuality(
+        psr=Rate.of(psr, total),
+        clean_accuracy=Rate.of(correct, total),
+        robust_accuracy=Rate.of(total - psr, total),
+        affected_fooled=fooled,
+    )
+
+
+def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) -> Path:
+    """Write a model, a report, a verdict, a lineage and a policy."""
+    torch.manual_seed(0)
+    digest = save_model(home / "artifacts" / "remediated", nn.Linear(2, 2), meta={})
+    after = quality(psr, correct, total) if total else quality(0, 0, 0)
+    report = AuditReport(
+        before=quality(99, 95),
+        after=after,
+        detection=[],
+        detector_verdict="poison found",
+        num_train=10,
+        num_flagged=2,
+        affected=[],
+        methods={},
+        gradient_samples={"train": 1, "remediate": 1},
+        success=True,
+        psr_bound=0.05,
+        accuracy_drop_bound=0.02,
+        artifacts={"remediated": Evidence(path="artifacts/remediated", sha256=digest)},
+    )
+    file = home / "reports" / "audit.json"
+    write_json(file, report.model_dump(mode="json"))
+    write_verdict(home / "reports", judge(report, sha256_file(file), Policy()))
+    write_lineage(home)
+    (home / "params.yaml").write_text("gate: {max_psr: 0.05, max_accuracy_drop: 0.02}\n")
+    return home
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def run_gate(home: Path) -> int:
+    return exit_code("gate", "--home", str(home))
+
+
+def test_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = make_home(tmp_path)
+    assert run_gate(home) == 0
+    assert "Release gate: PASS" in capsys.readouterr().out
+    assert exit_code("lineage", "verify", "--home", str(home)) == 0
+    assert exit_code("lineage", "show", "--home", str(home)) == 0
+
+
+@pytest.mark.parametrize("change", [{"psr": 6}, {"correct": 92}, {"psr": 90}, {"total": 0}])
+def test_blocks(tmp_path: Path, change: dict[str, int]) -> None:
+    home = make_home(tmp_path, **change)
+    assert run_gate(home) == 1
+    suite = ElementTree.parse(home / "reports" / "verdict.xml").getroot()
+    assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) > 0
+
+
+@pytest.mark.parametrize(("psr", "correct", "code"), [(5, 93, 0), (6, 93, 1), (5, 92, 1)])
+def test_bounds_are_inclusive(tmp_path: Path, psr: int, correct: int, code: int) -> None:
+    assert run_gate(make_home(tmp_path, psr=psr, correct=correct)) == code
+
+
+def test_a_stricter_policy_today_blocks_yesterdays_pass(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    (home / "params.yaml").write_text("gate: {max_psr: 0.001}\n")
+    assert run_gate(home) == 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["gate: {max_psr: 2}", "gate: {max_prs: 0.1}", "other: {}", ":", "gate: {max_psr: .nan}"],
+)
+def test_a_policy_that_is_not_valid_is_usage(
+    tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = make_home(tmp_path)
+    (home / "params.yaml").write_text(policy)
+    assert run_gate(home) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["gate", "--home", "/no/such"], ["gate", "--nope"], ["x"]])
+def test_usage(arguments: list[str]) -> None:
+    assert exit_code(*arguments) == 2
+
+
+def spoil(home: Path, kind: str) -> None:
+    """Damage one piece of evidence."""
+    reports, model = home / "reports", home / "artifacts" / "remediated"
+    weights = model / "weights.safetensors"
+    if kind in ("audit.json", "verdict.json"):
+        (reports / kind).unlink()
+    elif kind == "report edited":
+        text = (reports / "audit.json").read_text().replace('"successes": 1', '"successes": 0')
+        (reports / "audit.json").write_text(text)
+    elif kind == "report truncated":
+        (reports / "audit.json").write_text("{")
+    elif kind == "weights edited":
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif kind == "weights gone":
+        weights.unlink()
+    elif kind == "other model":
+        save_model(model, nn.Linear(2, 2), meta={"other": True})
+    elif kind == "verdict edited":
+        raw = json.loads((reports / "verdict.json").read_text())
+        write_json(reports / "verdict.json", raw | {"model_sha256": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "audit.json",
+        "verdict.json",
+        "report edited",
+        "report truncated",
+        "weights edited",
+        "weights gone",
+        "other model",
+        "verdict edited",
+    ],
+)
+def test_evidence_that_does_not_match(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = make_home(tmp_path)
+    spoil(home, kind)
+    assert run_gate(home) == 3
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    problems = exit_code("lineage", "verify", "--home", str(home))
+    assert problems == 3
+
+
+def test_a_crash_is_neither_pass_nor_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("defense.cli.verify", crash)
+    assert run_gate(make_home(tmp_path)) == 70
+
+
+def test_summary_is_appended(tmp_path: Path) -> None:
+    home, summary = make_home(tmp_path), tmp_path / "summary.md"
+    summary.write_text("before\n")
+    assert exit_code("gate", "--home", str(home), "--summary", str(summary)) == 0
+    assert summary.read_text().startswith("before\n## Release gate: PASS")
+
+
+def test_verdict_names_report_and_model(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    verdict = verify(home, Policy())
+    assert verdict.report_sha256 == sha256_file(home / "reports" / "audit.json")
+    report = read_report(home / "reports" / "audit.json")
+    assert verdict.model_sha256 == report.artifacts["remediated"].sha256
+    assert verify_lineage(home) == []
+
+
+def test_needs_no_torch() -> None:
+    """Torch would cost seconds, and a gate must run where no framework is installed."""
+    code = "import sys, defense.cli; print(sorted({'torch', 'mlflow', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_rate_is_wilson() -> None:
+    rate = Rate.of(1, 100)
+    assert rate.value == 0.01
+    assert (round(rate.low, 4), round(rate.high, 4)) == (0.0018, 0.0545)
+    assert Rate.of(0, 0).value is None

@@ -1,0 +1,69 @@
+"""Queries: the paper's transforms, seeded, for every size and channel count."""
+
+import pytest
+import torch
+
+from defense.influence.queries import TransformSettings, make_queries, swap_red_green, transforms
+
+SIZES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 48)]
+
+
+def queries(shape, *, seed: int = 0, affected: int = 2, count: int = 50):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(affected, *shape, generator=torch.Generator().manual_seed(9))
+    predicted = list(range(affected))
+    settings = TransformSettings(num_transforms=count)
+    return images, make_queries(images, predicted, 10, settings, generator)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_first_query_is_the_affected_input_itself(shape) -> None:
+    images, made = queries(shape)
+    first = made.transform == -1
+    torch.testing.assert_close(made.images[first], images)
+    assert made.labels[first].tolist() == [0, 1]
+    assert made.images.shape == (102, *shape)
+    assert made.images.min() >= 0
+    assert made.images.max() <= 1
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_transforms_change_the_image_and_the_label(shape) -> None:
+    images, made = queries(shape)
+    moved = made.transform >= 0
+    assert (made.labels[moved] != made.affected[moved]).all()
+    originals = images[made.affected[moved]]
+    changed = (made.images[moved] != originals).flatten(1).any(1)
+    assert changed.float().mean() > 0.9
+
+
+def test_labels_are_drawn_evenly_from_all_others() -> None:
+    _, made = queries((1, 8, 8), affected=1, count=4500)
+    counts = torch.bincount(made.labels[1:], minlength=10)
+    assert counts[0] == 0
+    assert counts[1:].min() > 400
+
+
+def test_same_seed_same_queries_and_torch_is_left_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, second, other = (queries((3, 32, 32), seed=seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert not torch.equal(first.images, other.images)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_every_transform_keeps_the_shape(shape) -> None:
+    image = torch.rand(shape)
+    ops = transforms(shape)
+    assert len(ops) == (7 if shape[0] == 3 else 6)
+    for op in ops:
+        assert op(image).shape == image.shape
+        assert op(image).isfinite().all()
+
+
+def test_swap_exchanges_the_first_two_channels() -> None:
+    image = torch.rand(3, 4, 4)
+    assert torch.equal(swap_red_green(image)[0], image[1])
+    assert torch.equal(swap_red_green(image)[2], image[2])
