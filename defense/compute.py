@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from defense.errors import DefenseError
 
 PROGRESS_DELAY = 2.0  # seconds a step may take before its progress bar appears
+LOG_INTERVAL = 10.0  # seconds between two states of a bar where there is no terminal
 
 
 def device() -> torch.device:
@@ -47,10 +50,22 @@ def seeded(seed: int, stream: str) -> torch.Generator:
     return torch.Generator().manual_seed(number % 2**63)
 
 
+def progress(**options: Any) -> tqdm:
+    """Return a bar with the time left, for anything that may take a few seconds.
+
+    Args:
+        options: As tqdm takes them: iterable or total, desc, unit.
+    """
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL
+    return tqdm(
+        **options, delay=PROGRESS_DELAY, mininterval=interval, maxinterval=interval, leave=False
+    )
+
+
 def batches(num_rows: int, batch_size: int, *, label: str) -> Iterator[NDArray[np.int64]]:
     """Yield consecutive row numbers in batches, with a progress bar and the time left."""
     starts = range(0, num_rows, batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", delay=PROGRESS_DELAY, leave=False):
+    for start in progress(iterable=starts, desc=label, unit="batch"):
         yield np.arange(start, min(start + batch_size, num_rows))
 
 

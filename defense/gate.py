@@ -7,12 +7,13 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from defense.artifacts import open_artifact, sha256_file, to_json, write_text
-from defense.errors import ArtifactError, EvidenceError
+from defense.artifacts import to_json, write_text
+from defense.errors import EvidenceError
+from defense.lineage import FILES, require_intact
 from defense.method import Method
 from defense.report import AuditReport, read_report
 
-VERDICT = "verdict.json"
+GATED = ("report", "verdict", "remediated")  # what a decision rests on
 
 
 class Policy(Method):
@@ -71,7 +72,13 @@ def _check(name: str, value: float | None, sense: Literal["<=", ">="], bound: fl
 
 
 def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:
-    """Compare a report with a policy. A figure that was not measured blocks."""
+    """Compare a report with a policy. A figure that was not measured blocks.
+
+    Raises:
+        EvidenceError: The report names no remediated model.
+    """
+    if "remediated" not in report.artifacts:
+        raise EvidenceError("the audit report names no remediated model; run: dvc repro audit")
     after = report.after
     checks = [
         _check("psr", after.psr.value, "<=", policy.max_psr),
@@ -90,7 +97,7 @@ def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:
     """Write the verdict as JSON, Markdown and JUnit XML into a folder."""
-    write_text(folder / VERDICT, to_json(verdict.model_dump()))
+    write_text(folder / "verdict.json", to_json(verdict.model_dump()))
     write_text(folder / "verdict.md", to_markdown(verdict))
     write_text(folder / "verdict.xml", to_junit(verdict))
 
@@ -153,27 +160,20 @@ def verify(home: Path, policy: Policy) -> Verdict:
         The verdict under the policy in force.
 
     Raises:
-        EvidenceError: The report, the verdict or the remediated model is missing, or does not
-            have the sha256 that was recorded for it.
+        EvidenceError: The lineage, the report, the verdict or the remediated model is missing,
+            or does not have the sha256 that was recorded for it.
     """
-    file = home / "reports" / "audit.json"
-    report, recorded = read_report(file), read_verdict(home / "reports" / VERDICT)
-    _same("the audit report", sha256_file(file), recorded.report_sha256, "dvc repro gate")
-    evidence = report.artifacts.get("remediated")
-    if evidence is None:
-        raise EvidenceError(f"{file} names no remediated model; run: dvc repro audit")
-    try:
-        digest = open_artifact(home / evidence.path, "model").digest
-    except ArtifactError as error:
-        raise EvidenceError(str(error)) from error
-    _same("the remediated model", digest, evidence.sha256, "dvc repro audit")
-    _same("the verdict's model", recorded.model_sha256, evidence.sha256, "dvc repro gate")
-    return judge(report, recorded.report_sha256, policy)
-
-
-def _same(what: str, actual: str, expected: str, remedy: str) -> None:
-    if actual != expected:
-        raise EvidenceError(
-            f"{what} does not match its record: expected sha256 {expected[:12]}…, "
-            f"got {actual[:12]}…; run: {remedy}"
-        )
+    sealed = require_intact(home, GATED)
+    recorded = read_verdict(home / FILES["verdict"])
+    verdict = judge(read_report(home / FILES["report"]), sealed["report"], policy)
+    for what, sha256, expected in (
+        ("report", recorded.report_sha256, sealed["report"]),
+        ("model", recorded.model_sha256, sealed["remediated"]),
+        ("model", verdict.model_sha256, sealed["remediated"]),
+    ):
+        if sha256 != expected:
+            raise EvidenceError(
+                f"the verdict is about another {what}: expected sha256 {expected[:12]}…, "
+                f"got {sha256[:12]}…; run: dvc repro gate"
+            )
+    return verdict

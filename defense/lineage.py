@@ -97,6 +97,23 @@ def verify_lineage(home: Path) -> list[str]:
     return problems + loose
 
 
+def require_intact(home: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Hash some nodes of a lineage again.
+
+    Returns:
+        The sha256 of each node, by name.
+
+    Raises:
+        EvidenceError: There is no intact lineage, a node is not in it, or one does not hold.
+    """
+    nodes = read_lineage(home)["nodes"]
+    for name in names:
+        problem = _broken(home, name, nodes[name]) if name in nodes else f"{name}: not recorded"
+        if problem is not None:
+            raise EvidenceError(f"{problem}; run: dvc repro")
+    return {name: nodes[name]["sha256"] for name in names}
+
+
 def _broken(home: Path, name: str, node: dict[str, Any]) -> str | None:
     """Describe what is wrong with one node's bytes, if anything is."""
     path = home / node["path"]

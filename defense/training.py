@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from defense.compute import PROGRESS_DELAY, batches, device
+from defense.compute import batches, device, progress
 from defense.errors import DataError, NumericalError
 from defense.recipe import Recipe, rate
 from defense.records import ImageSet, Trained
@@ -231,9 +231,7 @@ def _epochs(
         first = state["epochs"]
     steps = -(-len(images) // recipe.batch_size)
     total = recipe.epochs * steps
-    with tqdm(
-        total=total, initial=first * steps, desc=label, unit="step", delay=PROGRESS_DELAY
-    ) as bar:
+    with progress(total=total, initial=first * steps, desc=label, unit="step") as bar:
         for epoch in range(first, recipe.epochs):
             loss = _epoch(stepper, images, generator, epoch / recipe.epochs, bar)
             if not math.isfinite(loss):
@@ -262,8 +260,8 @@ def _epoch(
     total = torch.zeros(())
     for number, rows in enumerate(np.array_split(order, steps)):
         batch = augment(images.images(rows), recipe, generator)
-        progress = start + number / (steps * recipe.epochs)
-        loss = stepper.step(batch, images.targets(rows), rate(recipe, progress))
+        share = start + number / (steps * recipe.epochs)
+        loss = stepper.step(batch, images.targets(rows), rate(recipe, share))
         total = total + loss.cpu() * len(rows)
         bar.update()
     return float(total) / len(images)

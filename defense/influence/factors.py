@@ -1,5 +1,6 @@
 """EK-FAC factors (George et al. 2018, section 3; Grosse et al. 2023, section 2.2)."""
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -61,7 +62,7 @@ def fit_factors(
 
     Raises:
         UnsupportedLayerError: The model has no layer to treat, or one runs twice.
-        NumericalError: A covariance or eigenvalue is not finite.
+        NumericalError: A layer's covariance is not finite, or its Lambda is zero or not finite.
     """
     layers = find_layers(model)
     draws = torch.rand(len(images), generator=generator)
@@ -152,6 +153,12 @@ def _lambdas(
     for name, pair in source.pairs(model, tape, "lambda"):
         new = rotated_gradient(pair, bases[name]).square().sum(0)
         sums[name] = sums[name] + new if name in sums else new
+    for name, total in sums.items():
+        if not 0 < float(total.sum()) < math.inf:
+            raise NumericalError(
+                f"expected a positive, finite Lambda for layer {name}, got a sum of "
+                f"{float(total.sum())}; the layer is dead or the model is saturated: train it again"
+            )
     return {name: total / len(source.images) for name, total in sums.items()}
 
 
@@ -162,17 +169,8 @@ def precondition(gradient: Tensor, factors: LayerFactors, damping: float) -> Ten
         gradient: ``[q, g, o, i]``.
         factors: Factors of the layer.
         damping: Relative to the mean of the layer's Lambda (Grosse et al. 2023 use 0.1).
-
-    Raises:
-        NumericalError: Lambda is zero everywhere, so that nothing can be divided by it.
     """
     eigenvalues = factors.lambda_matrix
-    mean = eigenvalues.mean()
-    if not mean > 0:
-        raise NumericalError(
-            f"expected a positive mean Lambda, got {float(mean)}; every gradient of the layer "
-            "vanished: the layer is dead or the model is saturated"
-        )
     basis = factors.activation_eigenvectors, factors.gradient_eigenvectors
-    scaled = rotate(gradient, *basis) / (eigenvalues + damping * mean)
+    scaled = rotate(gradient, *basis) / (eigenvalues + damping * eigenvalues.mean())
     return basis[1] @ scaled @ basis[0].transpose(1, 2)

@@ -55,7 +55,6 @@ def pairwise_scores(
 
     Raises:
         ArtifactError: The factors belong to another model.
-        NumericalError: A layer's Lambda is zero everywhere.
     """
     layers = {n: layer for n, layer in find_layers(model).items() if n in factors.layers}
     if list(layers) != list(factors.layers):

@@ -115,7 +115,7 @@ def spoil(home: Path, kind: str) -> None:
     """Damage one piece of evidence."""
     reports, model = home / "reports", home / "artifacts" / "remediated"
     weights = model / "weights.safetensors"
-    if kind in ("audit.json", "verdict.json"):
+    if kind in ("audit.json", "verdict.json", "lineage.json"):
         (reports / kind).unlink()
     elif kind == "report edited":
         text = (reports / "audit.json").read_text().replace('"successes": 1', '"successes": 0')
@@ -129,9 +129,15 @@ def spoil(home: Path, kind: str) -> None:
         weights.unlink()
     elif kind == "other model":
         save_model(model, nn.Linear(2, 2), meta={"other": True})
-    elif kind == "verdict edited":
+    elif kind.startswith("verdict edited"):
         raw = json.loads((reports / "verdict.json").read_text())
         write_json(reports / "verdict.json", raw | {"model_sha256": "0" * 64})
+        if kind == "verdict edited and sealed":
+            write_lineage(home)
+    elif kind == "lineage edited":
+        raw = json.loads((reports / "lineage.json").read_text())
+        raw["nodes"]["report"]["sha256"] = "0" * 64
+        write_json(reports / "lineage.json", raw)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,8 @@ def spoil(home: Path, kind: str) -> None:
     [
         "audit.json",
         "verdict.json",
+        "lineage.json",
+        "lineage edited",
         "report edited",
         "report truncated",
         "weights edited",
@@ -154,8 +162,16 @@ def test_evidence_that_does_not_match(
     spoil(home, kind)
     assert run_gate(home) == 3
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    problems = exit_code("lineage", "verify", "--home", str(home))
-    assert problems == 3
+    assert exit_code("lineage", "verify", "--home", str(home)) == 3
+
+
+def test_a_verdict_sealed_anew_about_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = make_home(tmp_path)
+    spoil(home, "verdict edited and sealed")
+    assert run_gate(home) == 3
+    assert "about another model" in capsys.readouterr().err
 
 
 def test_a_crash_is_neither_pass_nor_blocked(

@@ -1,0 +1,187 @@
+"""The real pipeline: a fresh clone runs `dvc repro`, and all it leaves behind is right."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from defense.lineage import verify_lineage
+from tests.pipeline.conftest import run, set_params, stage
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_defends(clone: Path) -> None:
+    report = load(clone / "reports" / "audit.json")
+    before, after = report["before"], report["after"]
+    assert before["psr"]["value"] > 0.8
+    assert before["affected_fooled"]["value"] == 1
+    assert after["psr"]["value"] < 0.5 * before["psr"]["value"]
+    assert after["clean_accuracy"]["value"] > 0.8
+    restricted = report["detection"][0]
+    assert restricted["rows"] == "predicted_label"
+    assert restricted["tpr"]["value"] > 0.8
+    # the affected input is not among the trials of the success rate
+    assert before["psr"]["total"] == len(_probe_ids(clone)) - 1
+
+
+def _probe_ids(clone: Path):
+    from defense.storage import load_images
+
+    return load_images(clone / "artifacts" / "probe")[0].ids
+
+
+def test_gate_says_what_the_verdict_says(clone: Path) -> None:
+    verdict = load(clone / "reports" / "verdict.json")
+    done = run(clone, "defense", "gate")
+    assert done.returncode == (0 if verdict["passed"] else 1)
+    assert done.stdout.strip() == (clone / "reports" / "verdict.md").read_text().strip()
+
+
+def test_second_repro_does_nothing(clone: Path) -> None:
+    lock = (clone / "dvc.lock").read_bytes()
+    done = run(clone, sys.executable, "-m", "dvc", "repro")
+    assert done.returncode == 0
+    assert "Data and pipelines are up to date" in done.stdout + done.stderr
+    assert (clone / "dvc.lock").read_bytes() == lock
+    status = run(clone, sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml")
+    assert json.loads(status.stdout) == {}
+
+
+def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
+    shown = run(clone, sys.executable, "-m", "dvc", "metrics", "show", "--json")
+    metrics = json.loads(shown.stdout)[""]["data"]
+    assert metrics["metrics/audit.json"]["data"]["after"]["psr"] is not None
+    declared = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]["audit"]["plots"]
+    assert list(declared[0]) == ["reports/plots"]
+    pictures = sorted((clone / "reports" / "plots").glob("*.png"))
+    assert len(pictures) == 6
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.width > 300
+            assert len(image.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_report_opens_offline(clone: Path) -> None:
+    text = (clone / "reports" / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 6
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    for evidence in load(clone / "reports" / "audit.json")["artifacts"].values():
+        assert evidence["sha256"] in text
+
+
+def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
+    """The promise of a lineage: the same inputs give the same digest."""
+    outs = ("artifacts/suspect", "artifacts/affected", "artifacts/factors", "artifacts/scores")
+    folders = [home / name for name in (*outs, "artifacts/flags", "artifacts/remediated")]
+    folders.append(home / "reports")
+    before = [file_bytes(folder) for folder in folders]
+    for name in ("train", "factors", "influence", "detect", "remediate", "audit", "gate"):
+        assert stage(home, name).returncode == 0
+    for folder, old in zip(folders, before, strict=True):
+        assert file_bytes(folder) == old, folder
+
+
+def test_lineage_links_data_to_verdict(clone: Path, home: Path) -> None:
+    assert verify_lineage(clone) == []
+    nodes = load(clone / "reports" / "lineage.json")["nodes"]
+    names = {node["sha256"]: name for name, node in nodes.items()}
+    reached, todo = set(), ["verdict"]
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        todo += [names[sha] for sha in nodes[name]["inputs"].values() if names[sha] not in reached]
+    assert reached == set(nodes)
+    labels = home / "artifacts" / "clean_train" / "labels.npy"
+    data = labels.read_bytes()
+    labels.unlink()
+    labels.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert run(home, "defense", "lineage", "verify").returncode == 3
+
+
+def client(home: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{home}/mlflow.db")
+
+
+def runs_of(store: MlflowClient, name: str = "delta-defense"):
+    experiment = store.get_experiment_by_name(name)
+    return store.search_runs([experiment.experiment_id])
+
+
+def test_mlflow_records_read_back(clone: Path) -> None:
+    store = client(clone)
+    runs = {run.data.tags["mlflow.runName"]: run for run in runs_of(store)}
+    report = load(clone / "reports" / "audit.json")
+    digest = load(clone / "reports" / "lineage.json")["digest"]
+    parent = runs.pop(f"pipeline {digest[:8]}")
+    assert set(runs) == {"before", "after"}
+    for part, child in runs.items():
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.metrics["psr"] == report[part]["psr"]["value"]
+        assert child.data.metrics["clean_accuracy"] == report[part]["clean_accuracy"]["value"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["lineage.digest"] == digest
+    commit = run(clone, "git", "rev-parse", "HEAD").stdout.strip()
+    assert parent.data.tags["mlflow.source.git.commit"] == commit
+    assert parent.data.tags["git.dirty"] == "true"  # the parameters were cut down
+    assert parent.data.params["train.epochs"] == str(report["methods"]["train"]["epochs"])
+    names = {file.path for file in store.list_artifacts(parent.info.run_id)}
+    assert {"audit.json", "report.html", "verdict.json", "lineage.json"} <= names
+
+
+def test_mlflow_inputs_carry_both_hashes(clone: Path) -> None:
+    store = client(clone)
+    nodes = load(clone / "reports" / "lineage.json")["nodes"]
+    stages = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    md5 = {out["path"]: out["md5"] for s in stages.values() for out in s["outs"]}
+    parent = next(r for r in runs_of(store) if r.data.tags["defense.part"] == "pipeline")
+    inputs = parent.inputs.dataset_inputs
+    assert {entry.dataset.name for entry in inputs} == {
+        "clean_train",
+        "poisoned_train",
+        "test",
+        "probe",
+    }
+    for entry in inputs:
+        tags = {tag.key: tag.value for tag in entry.tags}
+        node = nodes[entry.dataset.name]
+        assert tags["sha256"] == node["sha256"]
+        assert entry.dataset.digest == md5[node["path"]]
+
+
+def test_tracking_twice_adds_nothing_and_mends_a_torn_run(home: Path) -> None:
+    record = (home / "reports" / "tracked.json").read_text()
+    (home / "mlflow.db").unlink()
+    assert stage(home, "track").returncode == 0
+    store = client(home)
+    first = {run.info.run_id for run in runs_of(store)}
+    assert len(first) == 3
+    assert stage(home, "track").returncode == 0
+    assert {run.info.run_id for run in runs_of(store)} == first
+    assert load(home / "reports" / "tracked.json")["run_id"] in first
+    assert (home / "reports" / "tracked.json").read_text() != record  # another database
+    parent = load(home / "reports" / "tracked.json")["run_id"]
+    store.update_run(parent, status="RUNNING")  # as a kill would leave it
+    assert stage(home, "track").returncode == 0
+    again = runs_of(store)
+    assert len(again) == 3
+    assert parent not in {run.info.run_id for run in again}
+
+
+def test_tracking_goes_where_the_environment_says(home: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/other.db"
+    set_params(home, lambda params: params["tracking"].update(experiment="elsewhere"))
+    assert stage(home, "track", MLFLOW_TRACKING_URI=uri).returncode == 0
+    assert len(runs_of(MlflowClient(uri), "elsewhere")) == 3
+    assert client(home).get_experiment_by_name("elsewhere") is None
