@@ -31,7 +31,7 @@ FLOORS = (
     {"defense.victim"},
     {"pipelines.params", "pipelines.paths"},
     {"pipelines.stages"},
-    {"pipelines.__main__"},
+    {"pipelines.__main__", "pipelines.reference"},
 )
 SECTIONS = {
     "data": "datasets",

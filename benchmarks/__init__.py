@@ -1,0 +1,1 @@
+"""Speed, memory and detection figures; each module prints a table and writes its JSON."""

@@ -1,0 +1,79 @@
+"""One shape for every result file: what was run, on what, and whether the bounds were met."""
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from defense.artifacts import write_json
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "dvc", "mlflow", "kronfluence")
+
+
+def figure(
+    name: str, values: Sequence[float], sense: Literal["<=", ">="], bound: float
+) -> dict[str, Any]:
+    """Summarise one measurement.
+
+    Args:
+        name: Id of the figure.
+        values: One number per repetition; rates are fractions.
+        sense: Whether the bound is an upper or a lower one.
+        bound: What the mean has to reach.
+    """
+    mean = statistics.fmean(values)
+    return {
+        "id": name,
+        "value": mean,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+        "sense": sense,
+        "bound": bound,
+        "met": mean <= bound if sense == "<=" else mean >= bound,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Describe the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """Name the processor and the low-precision units that matter here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    flags = facts.get("flags", "").split()
+    units = [unit for unit in ("avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
+    return f"{facts.get('model name', platform.processor())} ({family}; {', '.join(units)})"
+
+
+def save(name: str, command: str, figures: list[dict[str, Any]], **details: Any) -> None:
+    """Write ``benchmarks/results/<name>.json`` and print its figures as a table."""
+    result = {
+        "command": command,
+        "hardware": hardware(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "figures": figures,
+    }
+    write_json(RESULTS / f"{name}.json", result | details)
+    print("| figure | value | spread | n | bound | met |\n|---|---|---|---|---|---|")
+    for row in figures:
+        spread = "" if row["spread"] is None else f"{row['spread']:.4g}"
+        bound = f"{row['sense']} {row['bound']:g}"
+        print(
+            f"| {row['id']} | {row['value']:.4g} | {spread} | {row['n']} | {bound} | {row['met']} |"
+        )
