@@ -94,6 +94,8 @@ def write_artifact(
         The digest of the new artefact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left_by_a_kill)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         for name, write in files.items():

@@ -138,5 +138,10 @@ def flags_csv(train: ImageSet, flags: Flags) -> str:
     table.writerow(["row", "id", "label", "suspicion"])
     for row in order:
         name, label = train.ids[row], train.class_names[train.labels[row]]
-        table.writerow([row, name, label, f"{flags.suspicion[row]:.6g}"])
+        table.writerow([row, _cell(name), _cell(label), f"{flags.suspicion[row]:.6g}"])
     return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Quote what a spreadsheet would run as a formula; file and class names are untrusted."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

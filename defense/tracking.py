@@ -10,8 +10,10 @@ import yaml
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Run
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from defense.errors import DefenseError
 from defense.report import AuditReport, ModelQuality
 
 DIGEST_TAG = "lineage.digest"
@@ -42,8 +44,19 @@ def track(recorded: Recorded, experiment_name: str) -> dict[str, str]:
 
     Returns:
         The experiment, the id of the parent run and the lineage digest.
+
+    Raises:
+        DefenseError: The tracking server cannot be reached or refuses.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{recorded.home.resolve()}/mlflow.db"
+    try:
+        return _track(recorded, experiment_name, uri)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DefenseError(f"MLflow at {uri}: {reason}; check MLFLOW_TRACKING_URI") from error
+
+
+def _track(recorded: Recorded, experiment_name: str, uri: str) -> dict[str, str]:
     client = MlflowClient(uri)
     experiment = _experiment(client, experiment_name, recorded.home, uri)
     digest = recorded.lineage["digest"]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from defense.compute import batches
 from defense.contracts import Architecture
+from defense.errors import DefenseError
 from defense.records import ImageSet
 
 
@@ -53,6 +54,9 @@ def build_model(
         num_classes: Number of logits.
         generator: Source of the initial weights; torch's global generator is left alone.
         statistics: Channel means and deviations; identity if the weights are loaded later.
+
+    Raises:
+        DefenseError: The network cannot take such images, or does not return their logits.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
@@ -62,4 +66,24 @@ def build_model(
     if statistics is not None:
         normalize.mean.copy_(statistics[0])
         normalize.std.copy_(statistics[1])
-    return nn.Sequential(OrderedDict(normalize=normalize, network=network)).eval()
+    model = nn.Sequential(OrderedDict(normalize=normalize, network=network)).eval()
+    _check_logits(model, shape, num_classes)
+    return model
+
+
+@torch.no_grad()
+def _check_logits(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run one black image through a model."""
+    size = "x".join(map(str, shape))
+    try:
+        logits = model(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DefenseError(
+            f"model: expected one that takes images {size}, got: {reason}"
+        ) from error
+    if logits.shape != (1, num_classes):
+        raise DefenseError(
+            f"model: expected logits [1, {num_classes}] for an image {size}, "
+            f"got {list(logits.shape)}"
+        )

@@ -46,6 +46,9 @@ PARAMS: dict[str, tuple[str, Callable[[dict], object], str]] = {
         lambda p: p.update(model={"name": "factory", "factory": "torch.nn:Flatten"}),
         "model.factory",
     ),
+    "model for larger images": (
+        "train", lambda p: p.update(model={"name": "resnet9"}), "takes images 1x8x8",
+    ),
     "weights that do not fit": (
         "factors", lambda p: p["model"].update(width=8), "do not fit the model",
     ),

@@ -185,3 +185,11 @@ def test_tracking_goes_where_the_environment_says(home: Path, tmp_path: Path) ->
     assert stage(home, "track", MLFLOW_TRACKING_URI=uri).returncode == 0
     assert len(runs_of(MlflowClient(uri), "elsewhere")) == 3
     assert client(home).get_experiment_by_name("elsewhere") is None
+
+
+def test_a_tracking_server_that_does_not_answer_is_one_line(home: Path) -> None:
+    once = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+    done = stage(home, "track", MLFLOW_TRACKING_URI="http://127.0.0.1:9", **once)
+    assert done.returncode == 2
+    assert "error: track: MLflow at http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -145,6 +145,14 @@ def test_a_failed_save_leaves_the_old_artefact(split: Split, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_a_kill_left_behind_is_removed(split: Split, tmp_path: Path) -> None:
+    torn = tmp_path / ".images.abc"
+    torn.mkdir()
+    (torn / "pixels.npy").write_bytes(b"half")
+    savers(split)["images"](tmp_path / "images")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_artefacts_of_another_run_are_refused(split: Split, tmp_path: Path) -> None:
     savers(split)["images"](tmp_path / "x")
     manifest = open_artifact(tmp_path / "x", "images")

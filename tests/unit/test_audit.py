@@ -1,0 +1,75 @@
+"""The audit's arithmetic: denominators, success, and the list of flagged rows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from defense.audit import AuditSettings, flags_csv, is_success
+from defense.metrics import detection_quality, model_quality
+from defense.records import Flags, Split, Truth
+from defense.report import ModelQuality, Rate
+
+
+def quality(psr: Rate, accuracy: Rate) -> ModelQuality:
+    return ModelQuality(
+        psr=psr, clean_accuracy=accuracy, robust_accuracy=accuracy, affected_fooled=psr
+    )
+
+
+@pytest.mark.parametrize(
+    ("psr", "correct", "success"),
+    [(4, 90, True), (5, 90, False), (4, 88, True), (4, 87, False), (None, 90, False)],
+)
+def test_success_needs_a_measured_psr_below_the_bound(psr, correct, success) -> None:
+    before = quality(Rate.of(99, 100), Rate.of(90, 100))
+    rate = Rate.of(0, 0) if psr is None else Rate.of(psr, 100)
+    after = quality(rate, Rate.of(correct, 100))
+    assert is_success(before, after, AuditSettings(accuracy_drop_bound=0.021)) is success
+
+
+def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> None:
+    test = split.test.where(np.arange(len(split.test)) < 8)
+    probe = replace(test, labels=np.full(8, 1))
+    truth = Truth(np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64), 1, test.labels)
+    predicted = np.array([1, 1, 1, 0, 1, 2, 3, 1])
+    measured = model_quality(test.labels, predicted, test, probe, truth, test.ids[:2])
+    assert (measured.psr.successes, measured.psr.total) == (3, 6)
+    assert (measured.affected_fooled.successes, measured.affected_fooled.total) == (2, 2)
+    assert measured.clean_accuracy.value == 1
+    right = predicted[2:] == test.labels[2:]
+    assert (measured.robust_accuracy.successes, measured.robust_accuracy.total) == (right.sum(), 6)
+
+
+def test_detection_counts_against_the_truth() -> None:
+    poisoned = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
+    suspicion = np.array([9, 8, 7, 1, 0, 9], dtype=np.float32)
+    predicted = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
+    flags = Flags(suspicion, 5.0, predicted, predicted)
+    truth = Truth(poisoned, np.zeros(6, dtype=np.int64), 1, np.zeros(0, dtype=np.int64))
+    restricted, everywhere = detection_quality(flags, truth)
+    assert (restricted.tpr.successes, restricted.tpr.total) == (2, 3)
+    assert (restricted.precision.successes, restricted.precision.total) == (2, 3)
+    assert (everywhere.precision.successes, everywhere.precision.total) == (2, 4)
+    # ranks 9 8 7 1 0 of the restricted rows: hits at places 1, 2 and 5
+    assert restricted.average_precision == pytest.approx((1 + 1 + 3 / 5) / 3)
+
+
+def test_nothing_flagged_has_no_precision() -> None:
+    nothing = Flags(np.zeros(2, dtype=np.float32), 1.0, np.ones(2, bool), np.ones(2, bool))
+    truth = Truth(np.array([True, False]), np.zeros(2, np.int64), 1, np.zeros(0, np.int64))
+    quality, _ = detection_quality(nothing, truth)
+    assert quality.precision.value is None
+    assert quality.tpr.value == 0
+    assert nothing.verdict == "nothing found"
+
+
+def test_flagged_rows_are_listed_by_suspicion_and_cannot_be_formulas(split: Split) -> None:
+    train = replace(split.train, class_names=("=1+1", "b", "c", "d"))
+    suspicion = np.zeros(len(train), dtype=np.float32)
+    suspicion[[4, 9, 2]] = [3, 5, 4]
+    flags = Flags(suspicion, 1.0, np.ones(len(train), bool), np.ones(len(train), bool))
+    lines = flags_csv(train, flags).splitlines()
+    assert lines[0] == "row,id,label,suspicion"
+    assert [line.split(",")[0] for line in lines[1:]] == ["9", "2", "4"]
+    assert lines[3] == "4,s1/0004,'=1+1,3"
