@@ -19,7 +19,8 @@ class DeltaInfluence(ScoreDetector):
     flagged when Delta is below `tau` for all but `tolerance` of the transforms.
 
     Attributes:
-        tau: Threshold on Delta; the paper's grid is 0, -1, -5, -10, -100.
+        tau: Threshold on Delta; the paper's grid is 0, -1, -5, -10, -100, the authors'
+            CIFAR-100 notebook uses -40.
         tolerance: Transforms that may disagree (``n_tol``); the paper's grid is 0 to 3.
     """
 
