@@ -66,9 +66,8 @@ class Verdict(BaseModel):
 
 
 def _check(name: str, value: float | None, sense: Literal["<=", ">="], bound: float) -> Check:
-    known = value if value is not None and value == value else None
-    passed = known is not None and (known <= bound if sense == "<=" else known >= bound)
-    return Check(id=name, value=known, sense=sense, bound=bound, passed=passed)
+    passed = value is not None and (value <= bound if sense == "<=" else value >= bound)
+    return Check(id=name, value=value, sense=sense, bound=bound, passed=passed)
 
 
 def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:

@@ -35,6 +35,11 @@ class Rate(Part):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """Format as a percentage with the counts it comes from."""
+        share = "not measured" if self.value is None else f"{self.value:.1%}"
+        return f"{share} ({self.successes:,} of {self.total:,})"
+
     @classmethod
     def of(cls, successes: int, total: int) -> "Rate":
         """Build a rate from counts; the interval of an empty denominator is [0, 1]."""
@@ -133,10 +138,37 @@ class AuditReport(Part):
     artifacts: dict[str, Evidence]
 
     @property
-    def accuracy_drop(self) -> float:
-        """Clean accuracy before minus after; NaN if it was not measured."""
+    def accuracy_drop(self) -> float | None:
+        """Clean accuracy before minus after; None if it was not measured."""
         before, after = self.before.clean_accuracy.value, self.after.clean_accuracy.value
-        return math.nan if before is None or after is None else before - after
+        return None if before is None or after is None else before - after
+
+
+def headline(report: AuditReport) -> dict[str, Any]:
+    """Pick the figures that ``dvc metrics diff`` compares."""
+    figures: dict[str, Any] = {"success": report.success, "accuracy_drop": report.accuracy_drop}
+    for moment, quality in (("before", report.before), ("after", report.after)):
+        figures[moment] = {
+            name: getattr(quality, name).value for name in type(quality).model_fields
+        }
+    figures["detection"] = {
+        entry.rows: {
+            "tpr": entry.tpr.value,
+            "precision": entry.precision.value,
+            "average_precision": entry.average_precision,
+        }
+        for entry in report.detection
+    }
+    return figures
+
+
+def summary(report: AuditReport) -> str:
+    """Say in one line what the audit found."""
+    before, after = report.before, report.after
+    return (
+        f"poison success {before.psr} before, {after.psr} after; "
+        f"clean accuracy {before.clean_accuracy} before, {after.clean_accuracy} after"
+    )
 
 
 def read_report(path: Path) -> AuditReport:

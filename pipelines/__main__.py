@@ -29,7 +29,7 @@ def main(stage: str) -> None:
     """Run one stage in the current folder; all of params.yaml is validated first."""
     try:
         params = read_params(paths.PARAMS)
-        importlib.import_module(f"pipelines.stages.{stage}").run(params)
+        click.echo(importlib.import_module(f"pipelines.stages.{stage}").run(params))
     except DefenseError as error:
         click.echo(f"error: {stage}: {error}", err=True)
         sys.exit(2)

@@ -1,1 +1,1 @@
-"""One module per stage; each has ``run(params)`` and knows paths, not methods."""
+"""One module per stage; each has ``run(params) -> str``, which returns what to tell the user."""

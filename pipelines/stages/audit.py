@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from defense.artifacts import Manifest, require_input, write_json, write_text
 from defense.audit import Exhibits, audit, evidence, flags_csv
 from defense.html import render
 from defense.pictures import draw
-from defense.report import AuditReport
+from defense.report import AuditReport, headline, summary
 from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
 from pipelines import paths
 from pipelines.params import Params
@@ -38,7 +38,7 @@ class Shelf:
         return value
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the report as JSON and HTML, the pictures and the list of flagged rows."""
     shelf = Shelf()
     exhibits = collect(params, shelf)
@@ -54,6 +54,7 @@ def run(params: Params) -> None:
         artifacts=evidence(shelf.manifests),
     )
     publish(report, exhibits)
+    return summary(report)
 
 
 def collect(params: Params, shelf: Shelf) -> Exhibits:
@@ -82,21 +83,3 @@ def publish(report: AuditReport, exhibits: Exhibits) -> None:
     write_text(paths.REPORTS / "report.html", render(report, pictures))
     write_text(paths.REPORTS / "flags.csv", flags_csv(exhibits.train, exhibits.flags))
     write_json(paths.METRICS / "audit.json", headline(report))
-
-
-def headline(report: AuditReport) -> dict[str, Any]:
-    """Pick the figures that ``dvc metrics diff`` compares."""
-    figures: dict[str, Any] = {"success": report.success, "accuracy_drop": report.accuracy_drop}
-    for moment, quality in (("before", report.before), ("after", report.after)):
-        figures[moment] = {
-            name: getattr(quality, name).value for name in type(quality).model_fields
-        }
-    figures["detection"] = {
-        entry.rows: {
-            "tpr": entry.tpr.value,
-            "precision": entry.precision.value,
-            "average_precision": entry.average_precision,
-        }
-        for entry in report.detection
-    }
-    return figures

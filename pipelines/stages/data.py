@@ -7,10 +7,11 @@ from pipelines import paths
 from pipelines.params import Params
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the clean train and test sets."""
     split = params.data.load(seeded(params.seed, "data"))
     save_images(paths.CLEAN_TRAIN, split.train)
     save_images(paths.TEST, split.test)
     counts = {"num_train": len(split.train), "num_test": len(split.test)}
     write_json(paths.METRICS / "data.json", counts | {"num_classes": split.train.num_classes})
+    return f"{len(split.train):,} train and {len(split.test):,} test images"

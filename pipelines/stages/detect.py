@@ -8,7 +8,7 @@ from pipelines.params import Params
 from pipelines.stages.common import load_model
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the flags."""
     train, manifest = load_images(paths.POISONED_TRAIN)
     model, suspect = load_model(paths.SUSPECT, params, train)
@@ -20,3 +20,4 @@ def run(params: Params) -> None:
     save_flags(paths.FLAGS, flags, inputs=origin)
     summary = {"num_flagged": int(flags.mask.sum()), "verdict": flags.verdict}
     write_json(paths.METRICS / "detect.json", summary)
+    return f"{flags.verdict}: {flags.mask.sum():,} of {len(train):,} rows flagged"

@@ -9,7 +9,7 @@ from pipelines.params import Params
 from pipelines.stages.common import load_model
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the factors."""
     train, manifest = load_images(paths.POISONED_TRAIN)
     model, suspect = load_model(paths.SUSPECT, params, train)
@@ -19,3 +19,4 @@ def run(params: Params) -> None:
     save_factors(paths.FACTORS, factors, inputs=origin)
     summary = {"coverage": factors.coverage, "num_layers": len(factors.layers)}
     write_json(paths.METRICS / "factors.json", summary)
+    return f"{len(factors.layers)} layers hold {factors.coverage:.1%} of the parameters"

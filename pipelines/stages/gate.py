@@ -8,10 +8,11 @@ from pipelines import paths
 from pipelines.params import Params
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the verdict and the lineage; a blocked release is a result, not a failure."""
     file = paths.REPORTS / "audit.json"
     verdict = judge(read_report(file), sha256_file(file), params.gate)
     write_verdict(paths.REPORTS, verdict)
     write_lineage(paths.HOME)
     write_json(paths.METRICS / "gate.json", {"passed": verdict.passed})
+    return f"{'pass' if verdict.passed else 'BLOCKED'}, see {paths.REPORTS}/verdict.md"

@@ -10,7 +10,7 @@ from pipelines.params import Params
 from pipelines.stages.common import load_model
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the queries and their scores."""
     train, manifest = load_images(paths.POISONED_TRAIN)
     affected, affected_manifest = load_images(paths.AFFECTED)
@@ -34,3 +34,4 @@ def run(params: Params) -> None:
         "suspect": suspect.digest,
     }
     save_scores(paths.SCORES, queries, scores, inputs=origin)
+    return f"{scores.shape[0]:,} queries scored against {scores.shape[1]:,} rows"

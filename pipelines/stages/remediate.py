@@ -9,7 +9,7 @@ from pipelines.params import Params
 from pipelines.stages.common import load_model
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the remediated model."""
     train, manifest = load_images(paths.POISONED_TRAIN)
     model, suspect = load_model(paths.SUSPECT, params, train)
@@ -31,3 +31,4 @@ def run(params: Params) -> None:
     }
     save_model(paths.REMEDIATED, done.model, meta=cost, inputs=origin)
     write_json(paths.METRICS / "remediate.json", cost)
+    return f"{params.unlearner.name} spent {done.gradient_samples:,} per-sample gradients"

@@ -9,7 +9,7 @@ from pipelines import paths
 from pipelines.params import Params
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the run's id."""
     recorded = Recorded(
         paths.HOME,
@@ -19,3 +19,4 @@ def run(params: Params) -> None:
     )
     record = track(recorded, params.tracking.experiment)
     write_json(paths.REPORTS / "tracked.json", record)
+    return f"MLflow run {record['run_id']}"

@@ -15,7 +15,7 @@ from pipelines import paths
 from pipelines.params import Params
 
 
-def run(params: Params) -> None:
+def run(params: Params) -> str:
     """Write the suspect model and the affected inputs."""
     train, manifest = load_images(paths.POISONED_TRAIN)
     probe, probe_manifest = load_images(paths.PROBE)
@@ -34,6 +34,9 @@ def run(params: Params) -> None:
     sources = {"probe": probe_manifest.digest, "suspect": digest}
     save_images(paths.AFFECTED, affected, inputs=sources)
     write_json(paths.METRICS / "train.json", cost)
+    fooled = int((predicted == probe.labels).sum())
+    names = ", ".join(affected.ids[:3]) + (", ..." if len(affected) > 3 else "")
+    return f"{fooled:,} of {len(probe):,} triggered images fool the model; affected input: {names}"
 
 
 def choose_affected(

@@ -88,7 +88,9 @@ def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     folders.append(home / "reports")
     before = [file_bytes(folder) for folder in folders]
     for name in ("train", "factors", "influence", "detect", "remediate", "audit", "gate"):
-        assert stage(home, name).returncode == 0
+        done = stage(home, name)
+        assert done.returncode == 0
+        assert len(done.stdout.strip().splitlines()) == 1  # what it tells the user
     for folder, old in zip(folders, before, strict=True):
         assert file_bytes(folder) == old, folder
 
