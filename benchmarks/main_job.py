@@ -1,8 +1,8 @@
 """The main job: time and memory of `dvc repro`, and what it achieves on digits and CIFAR-10.
 
 Run ``python -m benchmarks.main_job`` in a clone whose changes are committed: every run happens
-in a clone of HEAD. With CIFAR10_FOLDER set to a tree ``train|test/class/file`` of CIFAR-10 the
-pipeline of ``pipelines/cifar10`` is run as well. A killed benchmark continues where it was.
+in a clone of HEAD. CIFAR10_FOLDER names the tree ``train|test/class/file`` of CIFAR-10 that
+the pipeline of ``pipelines/cifar10`` reads. A killed benchmark continues where it was.
 """
 
 import json
@@ -141,6 +141,8 @@ def quality_figures(prefix: str, runs: list[dict[str, Any]]) -> list[dict[str, A
 @click.option("--work", default=ROOT / "scratch" / "main_job", type=click.Path(path_type=Path))
 def main(seeds: int, cifar10_seeds: int, work: Path) -> None:
     """Measure the main job and write benchmarks/results/main_job.json."""
+    if cifar10_seeds and "CIFAR10_FOLDER" not in os.environ:
+        raise click.UsageError("set CIFAR10_FOLDER, or leave CIFAR-10 out with --cifar10-seeds 0")
     work.mkdir(parents=True, exist_ok=True)
     first, again, digits = root_pipeline(work, seeds)
     recall = [entry["detection"]["predicted_label"]["tpr"] for entry in digits]
@@ -152,7 +154,7 @@ def main(seeds: int, cifar10_seeds: int, work: Path) -> None:
         figure("digits_tpr", recall, ">=", 0.95),
     ]
     command, details = "python -m benchmarks.main_job", {"digits": digits}
-    if "CIFAR10_FOLDER" in os.environ:
+    if cifar10_seeds:
         command = f"CIFAR10_FOLDER=<folder> {command}"
         details["cifar10"] = cifar10_pipeline(work, cifar10_seeds)
         figures += quality_figures("cifar10", details["cifar10"])

@@ -47,8 +47,10 @@ def test_costs_what_it_says_and_no_more_than_retraining(
 ) -> None:
     done = run(unlearner, trained, split)
     retain, epochs = int((split.train.labels != 3).sum()), trained[0].recipe.epochs
-    expected = {"eu": epochs, "cf": round(0.2 * epochs)}[unlearner.name]
-    assert done.gradient_samples == retain * expected
+    assert 0 < done.gradient_samples <= retain * epochs
+    known = {"eu": epochs, "cf": round(0.2 * epochs)}
+    if unlearner.name in known:
+        assert done.gradient_samples == retain * known[unlearner.name]
 
 
 def test_does_not_train_on_what_is_to_be_forgotten(
