@@ -42,6 +42,19 @@ class Manifest:
     meta: dict[str, Any]
     digest: str
 
+    def fact(self, name: str) -> Any:
+        """Return one of the facts in `meta`.
+
+        Raises:
+            ArtifactError: It is not there.
+        """
+        if name not in self.meta:
+            raise ArtifactError(
+                f"the manifest of an artefact of kind '{self.kind}' lacks '{name}'; "
+                "remake the artefact with dvc repro"
+            )
+        return self.meta[name]
+
 
 def to_json(value: Any) -> str:
     """Write canonical JSON: sorted keys, two spaces, a final newline, no NaN."""
@@ -54,18 +67,23 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old file or the new one, never a part."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -172,9 +190,8 @@ def read_manifest(path: Path) -> Manifest:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["version"] != VERSION:
             raise ArtifactError(f"{file} has format version {raw['version']}, expected {VERSION}")
-        return Manifest(
-            raw["kind"], raw["files"], raw["inputs"], raw["meta"], digest=sha256_file(file)
-        )
+        files, inputs, meta = (dict(raw[part]) for part in ("files", "inputs", "meta"))
+        return Manifest(str(raw["kind"]), files, inputs, meta, digest=sha256_file(file))
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{file} is not a manifest ({error}); remake the artefact with dvc repro"

@@ -110,6 +110,7 @@ def audit(
         detector_verdict=exhibits.flags.verdict,
         num_train=len(exhibits.train),
         num_flagged=int(exhibits.flags.mask.sum()),
+        emptied_classes=emptied_classes(exhibits.train, exhibits.flags),
         affected=_affected(exhibits),
         methods=methods,
         gradient_samples=gradient_samples,
@@ -118,6 +119,12 @@ def audit(
         accuracy_drop_bound=settings.accuracy_drop_bound,
         artifacts=artifacts,
     )
+
+
+def emptied_classes(train: ImageSet, flags: Flags) -> list[str]:
+    """Name the classes all of whose rows are flagged."""
+    left = np.bincount(train.labels[~flags.mask], minlength=train.num_classes)
+    return [name for name, count in zip(train.class_names, left, strict=True) if count == 0]
 
 
 def _affected(exhibits: Exhibits) -> list[Affected]:

@@ -1,12 +1,12 @@
 """Commands for release managers and auditors. Imports no torch."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
-from pydantic import ValidationError
 
 from defense.errors import DefenseError, EvidenceError
 from defense.gate import Policy, to_markdown, verify
@@ -44,12 +44,25 @@ def gate(home: Path, summary: Path | None) -> None:
     """
     verdict = verify(home, read_policy(home / "params.yaml"))
     text = to_markdown(verdict)
-    click.echo(text)
+    say(text)
     if summary is not None:
-        with summary.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise DefenseError(
+                f"--summary {summary} cannot be written: {error.strerror}"
+            ) from error
     if not verdict.passed:
         raise SystemExit(BLOCKED)
+
+
+def say(text: str) -> None:
+    """Print; a reader that has gone away must not turn the exit code into a verdict."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_policy(path: Path) -> Policy:
@@ -61,7 +74,7 @@ def read_policy(path: Path) -> Policy:
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Policy.model_validate(params["gate"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DefenseError(
             f"expected a policy in section 'gate' of {path}, got: {reason}"
@@ -79,12 +92,12 @@ def show(home: Path) -> None:
     """Print every artefact and what it was computed from."""
     record = read_lineage(home)
     names = {node["sha256"]: name for name, node in record["nodes"].items()}
-    click.echo(f"lineage {record['digest']}")
+    say(f"lineage {record['digest']}")
     for name, node in record["nodes"].items():
         sources = (
             ", ".join(names.get(sha, sha[:12]) for sha in node["inputs"].values()) or "nothing"
         )
-        click.echo(f"{node['sha256'][:12]}  {name:<12} {node['path']:<26} from {sources}")
+        say(f"{node['sha256'][:12]}  {name:<12} {node['path']:<26} from {sources}")
 
 
 @lineage.command(name="verify")
@@ -96,7 +109,7 @@ def verify_command(home: Path) -> None:
         click.echo(line, err=True)
     if problems:
         raise SystemExit(EVIDENCE)
-    click.echo(f"lineage {read_lineage(home)['digest']} holds")
+    say(f"lineage {read_lineage(home)['digest']} holds")
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -10,7 +10,12 @@ from defense.errors import ArtifactError, EvidenceError
 from defense.report import read_report
 
 LINEAGE = Path("reports/lineage.json")
-FILES = {"report": Path("reports/audit.json"), "verdict": Path("reports/verdict.json")}
+FILES = {
+    "report": Path("reports/audit.json"),
+    "page": Path("reports/report.html"),
+    "flagged_rows": Path("reports/flags.csv"),
+    "verdict": Path("reports/verdict.json"),
+}
 
 
 def collect(home: Path) -> dict[str, Any]:
@@ -35,9 +40,9 @@ def collect(home: Path) -> dict[str, Any]:
     }
     seen = {name: node["sha256"] for name, node in nodes.items()}
     hashes = {name: sha256_file(home / path) for name, path in FILES.items()}
-    nodes["report"] = _file_node("report", hashes["report"], seen)
-    remediated = {"report": hashes["report"], "remediated": seen["remediated"]}
-    nodes["verdict"] = _file_node("verdict", hashes["verdict"], remediated)
+    judged = {"report": hashes["report"], "remediated": seen["remediated"]}
+    inputs = dict.fromkeys(FILES, seen) | {"verdict": judged}
+    nodes |= {name: _file_node(name, hashes[name], inputs[name]) for name in FILES}
     return {"version": 1, "digest": digest(nodes), "nodes": nodes}
 
 
@@ -69,7 +74,9 @@ def read_lineage(home: Path) -> dict[str, Any]:
     try:
         lineage: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         intact = digest(lineage["nodes"]) == lineage["digest"]
-    except (ValueError, KeyError, TypeError) as error:
+        for node in lineage["nodes"].values():
+            _ = node["path"], node["kind"], node["sha256"], node["inputs"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvidenceError(f"{file} is not a lineage ({error}); run: dvc repro gate") from error
     if not intact:
         raise EvidenceError(f"{file} was edited: its digest does not match; run: dvc repro gate")
@@ -110,7 +117,7 @@ def require_intact(home: Path, names: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         problem = _broken(home, name, nodes[name]) if name in nodes else f"{name}: not recorded"
         if problem is not None:
-            raise EvidenceError(f"{problem}; run: dvc repro")
+            raise EvidenceError(problem)
     return {name: nodes[name]["sha256"] for name in names}
 
 
@@ -124,9 +131,9 @@ def _broken(home: Path, name: str, node: dict[str, Any]) -> str | None:
         elif path.is_file():
             actual, inputs = sha256_file(path), node["inputs"]
         else:
-            return f"{name}: {path} is missing"
+            return f"{name}: {path} is missing; run: dvc repro"
     except ArtifactError as error:
         return f"{name}: {error}"
     if actual != node["sha256"]:
-        return f"{name}: expected sha256 {node['sha256'][:12]}…, got {actual[:12]}…"
+        return f"{name}: expected sha256 {node['sha256'][:12]}…, got {actual[:12]}…; run: dvc repro"
     return None if inputs == node["inputs"] else f"{name}: its recorded inputs differ"

@@ -35,7 +35,7 @@ class Recipe(Method):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-def rate(recipe: Recipe, progress: float) -> float:
+def learning_rate_at(recipe: Recipe, progress: float) -> float:
     """Learning rate after a share `progress` in [0, 1) of all steps."""
     if recipe.schedule == "constant":
         factor = 1.0

@@ -174,7 +174,7 @@ class Factors:
     """EK-FAC factors of a model.
 
     Attributes:
-        layers: Factors by layer name, in the order of the model.
+        layers: Factors by layer name, in the order the layers run.
         num_examples: Training rows they were fitted on.
         coverage: Share of the model's parameters that the layers hold.
     """

@@ -113,6 +113,7 @@ class AuditReport(Part):
         detector_verdict: ``poison found`` or ``nothing found``.
         num_train: Training rows.
         num_flagged: Rows removed.
+        emptied_classes: Classes all of whose rows were removed.
         affected: The inputs the investigation started from.
         methods: The settings of every method that took part, by params section.
         gradient_samples: Per-sample gradients spent, by ``train`` and ``remediate``.
@@ -129,6 +130,7 @@ class AuditReport(Part):
     detector_verdict: str
     num_train: int
     num_flagged: int
+    emptied_classes: list[str]
     affected: list[Affected]
     methods: dict[str, Any]
     gradient_samples: dict[str, int]
@@ -165,10 +167,12 @@ def headline(report: AuditReport) -> dict[str, Any]:
 def summary(report: AuditReport) -> str:
     """Say in one line what the audit found."""
     before, after = report.before, report.after
-    return (
+    text = (
         f"poison success {before.psr} before, {after.psr} after; "
         f"clean accuracy {before.clean_accuracy} before, {after.clean_accuracy} after"
     )
+    gone = ", ".join(report.emptied_classes)
+    return f"{text}; no row is left of class {gone}" if gone else text
 
 
 def read_report(path: Path) -> AuditReport:

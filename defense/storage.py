@@ -74,7 +74,7 @@ def load_images(path: Path) -> tuple[ImageSet, Manifest]:
         read_array(path / "pixels.npy", mapped=True),
         read_array(path / "labels.npy"),
         read_array(path / "ids.npy"),
-        tuple(manifest.meta["class_names"]),
+        tuple(manifest.fact("class_names")),
     )
     return images, manifest
 
@@ -97,7 +97,7 @@ def load_truth(path: Path) -> tuple[Truth, Manifest]:
     truth = Truth(
         read_array(path / "poisoned.npy"),
         read_array(path / "original_labels.npy"),
-        manifest.meta["target_class"],
+        manifest.fact("target_class"),
         read_array(path / "probe_labels.npy"),
     )
     return truth, manifest
@@ -152,9 +152,9 @@ def load_factors(path: Path) -> tuple[Factors, Manifest]:
     fields = LayerFactors.__dataclass_fields__
     layers = {
         name: LayerFactors(**{part: parts[f"{name}:{part}"] for part in fields})
-        for name in manifest.meta["layers"]
+        for name in manifest.fact("layers")
     }
-    return Factors(layers, manifest.meta["num_examples"], manifest.meta["coverage"]), manifest
+    return Factors(layers, manifest.fact("num_examples"), manifest.fact("coverage")), manifest
 
 
 def save_scores(
@@ -188,7 +188,7 @@ def load_flags(path: Path) -> tuple[Flags, Manifest]:
     manifest = open_artifact(path, "flags")
     flags = Flags(
         read_array(path / "suspicion.npy"),
-        manifest.meta["threshold"],
+        manifest.fact("threshold"),
         read_array(path / "candidates.npy"),
         read_array(path / "predicted_label.npy"),
     )

@@ -32,7 +32,7 @@ class Recorded:
     passed: bool
 
 
-def track(recorded: Recorded, experiment_name: str) -> dict[str, str]:
+def track(recorded: Recorded, experiment_name: str) -> str:
     """Record one parent run per lineage digest with nested runs ``before`` and ``after``.
 
     A lineage that is already recorded is left as it is, and a run that was cut short is
@@ -43,7 +43,7 @@ def track(recorded: Recorded, experiment_name: str) -> dict[str, str]:
         experiment_name: The MLflow experiment, made if it does not exist.
 
     Returns:
-        The experiment, the id of the parent run and the lineage digest.
+        The id of the parent run.
 
     Raises:
         DefenseError: The tracking server cannot be reached or refuses.
@@ -56,21 +56,17 @@ def track(recorded: Recorded, experiment_name: str) -> dict[str, str]:
         raise DefenseError(f"MLflow at {uri}: {reason}; check MLFLOW_TRACKING_URI") from error
 
 
-def _track(recorded: Recorded, experiment_name: str, uri: str) -> dict[str, str]:
+def _track(recorded: Recorded, experiment_name: str, uri: str) -> str:
     client = MlflowClient(uri)
     experiment = _experiment(client, experiment_name, recorded.home, uri)
     digest = recorded.lineage["digest"]
-    found = None
+    found: str | None = None
     for run in _runs(client, experiment, digest):
         if run.info.status == "FINISHED" and found is None:
             found = run.info.run_id
         else:
             _remove(client, experiment, run.info.run_id)
-    return {
-        "experiment": experiment_name,
-        "run_id": found or _record(client, experiment, recorded),
-        DIGEST_TAG: digest,
-    }
+    return found or _record(client, experiment, recorded)
 
 
 def _experiment(client: MlflowClient, name: str, home: Path, uri: str) -> str:

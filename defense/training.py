@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from defense.compute import batches, device, progress
 from defense.errors import DataError, NumericalError
-from defense.recipe import Recipe, rate
+from defense.recipe import Recipe, learning_rate_at
 from defense.records import ImageSet, Trained
 
 PREDICT_BATCH = 500
+VERSION = 1  # of the loop below; a checkpoint of another version is not continued
 CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one epoch
 
 
@@ -164,7 +165,7 @@ class Checkpoint:
 
 
 def _fingerprint(model: nn.Module, images: ImageSet) -> bytes:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{VERSION}\n{model}".encode())
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     digest.update(images.labels.tobytes())
@@ -261,7 +262,7 @@ def _epoch(
     for number, rows in enumerate(np.array_split(order, steps)):
         batch = augment(images.images(rows), recipe, generator)
         share = start + number / (steps * recipe.epochs)
-        loss = stepper.step(batch, images.targets(rows), rate(recipe, share))
+        loss = stepper.step(batch, images.targets(rows), learning_rate_at(recipe, share))
         total = total + loss.cpu() * len(rows)
         bar.update()
     return float(total) / len(images)

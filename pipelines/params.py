@@ -27,7 +27,7 @@ class AffectedSettings(Method):
         count: Inputs drawn at random among the probe images that succeed.
     """
 
-    count: int = Field(1, gt=0, le=100)
+    count: int = Field(gt=0, le=100)
 
 
 class TrackingSettings(Method):
@@ -37,7 +37,7 @@ class TrackingSettings(Method):
         experiment: Name of the MLflow experiment.
     """
 
-    experiment: str = Field("delta-defense", min_length=1)
+    experiment: str = Field(min_length=1)
 
 
 class Params(Method):
@@ -86,7 +86,7 @@ def read_params(path: Path) -> Params:
         return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise DefenseError(f"expected parameters in {path.resolve()}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DefenseError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         problems = "; ".join(

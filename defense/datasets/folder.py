@@ -83,12 +83,17 @@ class Folder(DataSource):
                         f"{file} has {image.width}x{image.height} pixels, expected at most "
                         f"{MAX_PIXELS}: remove it"
                     )
+                if image.mode[0] in "IF":
+                    raise DataError(
+                        f"{file} has more than 8 bits per channel (mode {image.mode}): convert it"
+                    )
                 upright = ImageOps.exif_transpose(image).convert(MODES[self.channels])
         except (
             UnidentifiedImageError,
             Image.DecompressionBombError,
             OSError,
             SyntaxError,
+            ValueError,
         ) as error:
             raise DataError(f"{file} is not a readable image ({error}): remove it") from error
         side = self.image_size
@@ -101,10 +106,19 @@ class Folder(DataSource):
 def _classes(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"data.path: expected a folder {folder} with one folder per class")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(_text(p) for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(names) < 2:
         raise DataError(f"data.path: expected at least 2 class folders in {folder}, got {names}")
     return tuple(names)
+
+
+def _text(path: Path) -> str:
+    """Return a name that can be written down."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{str(path)!a} is not named in UTF-8: rename it") from error
+    return path.name
 
 
 def _files(folder: Path) -> list[Path]:
@@ -112,7 +126,7 @@ def _files(folder: Path) -> list[Path]:
     root = folder.parent.parent.resolve()
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     for file in files:
-        if file.suffix.lower() not in FORMATS:
+        if Path(_text(file)).suffix.lower() not in FORMATS or not file.is_file():
             raise DataError(f"{file} is not a PNG, JPEG or WebP file: remove it")
         if not file.resolve().is_relative_to(root):
             raise DataError(f"{file} is a link to {file.resolve()}, outside {root}: copy the file")

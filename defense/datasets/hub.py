@@ -2,6 +2,7 @@
 
 import os
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,8 +127,8 @@ class Imagenette(HubSource):
         return Source(root, split, "160px", download=self.download and not there)
 
     def load(self, generator: torch.Generator) -> Split:
-        """See `DataSource.load`; once fetched, the set is a plain folder."""
-        self.open(True)
+        """See `DataSource.load`; once fetched, it is a plain folder in the order of WordNet ids."""
+        names = tuple(str(aliases[0]) for aliases in self.open(True).classes)
         folder = Folder(
             path=f"{self.root}/imagenette2-160",
             image_size=self.image_size,
@@ -135,4 +136,5 @@ class Imagenette(HubSource):
             train_size=self.train_size,
             test_size=self.test_size,
         )
-        return folder.load(generator)
+        split = folder.load(generator)
+        return Split(*(replace(part, class_names=names) for part in (split.train, split.test)))

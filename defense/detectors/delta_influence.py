@@ -22,17 +22,26 @@ class DeltaInfluence(ScoreDetector):
         tau: Threshold on Delta; the paper's grid is 0, -1, -5, -10, -100, the authors'
             CIFAR-100 notebook uses -40.
         tolerance: Transforms that may disagree (``n_tol``); the paper's grid is 0 to 3.
+        affected_tolerance: Of several affected inputs, those that may disagree; 0 is the
+            paper's intersection (section 6.1).
     """
 
     name: Literal["delta_influence"] = "delta_influence"
     tau: float = Field(0.0, le=0)
     tolerance: int = Field(1, ge=0)
+    affected_tolerance: int = Field(0, ge=0)
 
     def detect(self, case: Case) -> Flags:
-        """See `Detector.detect`; of several affected inputs, a row must answer to all."""
+        """See `Detector.detect`."""
         affected = case.queries.affected.numpy()
         parts = [self._suspicion(case, affected == number) for number in np.unique(affected)]
-        return self.flags(case, np.min(parts, axis=0), -self.tau)
+        if len(parts) <= self.affected_tolerance:
+            raise DataError(
+                f"detector.affected_tolerance is {self.affected_tolerance}, expected less than "
+                f"the number of affected inputs ({len(parts)})"
+            )
+        agreed = np.partition(parts, self.affected_tolerance, axis=0)[self.affected_tolerance]
+        return self.flags(case, agreed, -self.tau)
 
     def _suspicion(self, case: Case, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Return minus the (tolerance + 1)-th largest Delta of every row: ``[n]``.

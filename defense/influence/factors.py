@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.compute import batches
+from defense.compute import batches, progress
 from defense.errors import NumericalError
 from defense.influence.layers import (
     Pair,
@@ -62,14 +62,16 @@ def fit_factors(
 
     Raises:
         UnsupportedLayerError: The model has no layer to treat, or one runs twice.
-        NumericalError: A layer's covariance is not finite, or its Lambda is zero or not finite.
+        NumericalError: A layer's covariance is not finite, cannot be decomposed, or its
+            Lambda is zero or not finite.
     """
     layers = find_layers(model)
     draws = torch.rand(len(images), generator=generator)
     source = _Source(images, settings, draws, task)
     with frozen(model), record(layers) as tape:
         covariances = _covariances(model, tape, source)
-        bases = {name: _basis(name, *pair) for name, pair in covariances.items()}
+        steps = progress(iterable=covariances.items(), desc="eigendecompositions", unit="layer")
+        bases = {name: _basis(name, *pair) for name, pair in steps}
         lambdas = _lambdas(model, tape, source, bases)
     ran = {name: layers[name] for name in bases}
     fitted = {
@@ -97,7 +99,7 @@ class _Source:
             else:
                 targets = self.task.sample(outputs.detach(), self.draws[rows].to(place))
             loss = self.task.loss(outputs, targets).sum()
-            yield from tape.pairs(loss)
+            yield from tape.pairs(loss, len(rows))
 
 
 def _covariances(model: nn.Module, tape: Tape, source: _Source) -> dict[str, Pair]:
@@ -129,7 +131,13 @@ def _eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
             f"the {side} covariance of layer {name} is not finite; "
             "the model's weights or activations overflow: train it again"
         )
-    return torch.linalg.eigh(symmetric).eigenvectors.float()
+    try:
+        return torch.linalg.eigh(symmetric).eigenvectors.float()
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(
+            f"the eigendecomposition of the {side} covariance of layer {name} failed ({error}); "
+            "fit the factors on more rows"
+        ) from error
 
 
 def rotate(gradient: Tensor, activation_basis: Tensor, gradient_basis: Tensor) -> Tensor:

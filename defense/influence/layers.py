@@ -110,12 +110,16 @@ class Tape:
         """Drop the latest forward pass."""
         self.inputs, self.outputs = {}, {}
 
-    def pairs(self, total: Tensor) -> Iterator[tuple[str, Pair]]:
+    def pairs(self, total: Tensor, num_samples: int) -> Iterator[tuple[str, Pair]]:
         """Yield activations and output gradients of every layer that ran, and forget them.
 
         Args:
             total: Sum over samples of the value to differentiate; sample n must depend on
                 input n alone, which holds in eval mode.
+            num_samples: Samples of the batch.
+
+        Raises:
+            UnsupportedLayerError: A layer's input does not have one entry per sample in front.
         """
         outputs = list(self.outputs.values())
         grads = torch.autograd.grad(total, outputs, allow_unused=True)
@@ -123,6 +127,11 @@ class Tape:
         self.forget()
         for (name, x), output, grad in zip(inputs.items(), outputs, grads, strict=True):
             layer = self.layers[name]
+            if len(x) != num_samples:
+                raise UnsupportedLayerError(
+                    f"layer {name} gets an input {list(x.shape)} for {num_samples} samples, "
+                    "expected the samples in front: keep tokens in a dimension of their own"
+                )
             grad = torch.zeros_like(output) if grad is None else grad
             yield name, (activations(layer, x), output_gradients(layer, grad))
 

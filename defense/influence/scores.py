@@ -56,10 +56,14 @@ def pairwise_scores(
     Raises:
         ArtifactError: The factors belong to another model.
     """
-    layers = {n: layer for n, layer in find_layers(model).items() if n in factors.layers}
-    if list(layers) != list(factors.layers):
-        missing = ", ".join(set(factors.layers) - set(layers))
-        raise ArtifactError(f"the model has no layers {missing}, which the factors describe")
+    known = find_layers(model)
+    missing = factors.layers.keys() - known.keys()
+    if missing:
+        raise ArtifactError(
+            f"the factors describe layers the model does not have: {', '.join(sorted(missing))}; "
+            "run: dvc repro factors"
+        )
+    layers = {name: known[name] for name in factors.layers}
     with frozen(model), record(layers) as tape:
         scorer = _Scorer(model, tape, settings, task)
         return scorer.train_side(scorer.query_side(factors, queries), images)
@@ -83,7 +87,7 @@ class _Scorer:
         for rows in batches(len(queries.labels), self.settings.batch_size, label="queries"):
             outputs = self.model(queries.images[rows].to(self.place)).float()
             total = -self.task.measure(outputs, queries.labels[rows].to(self.place)).sum()
-            for name, pair in self.tape.pairs(total):
+            for name, pair in self.tape.pairs(total, len(rows)):
                 gradient = precondition(per_sample_gradient(*pair), placed[name], damping)
                 parts[name].append(gradient.flatten(1))
         return {name: torch.cat(gradients) for name, gradients in parts.items()}
@@ -96,7 +100,7 @@ class _Scorer:
             outputs = self.model(images.images(rows).to(self.place)).float()
             loss = self.task.loss(outputs, images.targets(rows).to(self.place)).sum()
             block = torch.zeros(count, len(rows), device=self.place)
-            for name, pair in self.tape.pairs(loss):
+            for name, pair in self.tape.pairs(loss, len(rows)):
                 block += sides[name] @ per_sample_gradient(*pair).flatten(1).T
             scores[:, rows] = block.cpu().numpy()
         return scores

@@ -77,13 +77,13 @@ def _check_logits(model: nn.Module, shape: tuple[int, int, int], num_classes: in
     size = "x".join(map(str, shape))
     try:
         logits = model(torch.zeros(1, *shape))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a user's network may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DefenseError(
             f"model: expected one that takes images {size}, got: {reason}"
         ) from error
-    if logits.shape != (1, num_classes):
+    got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != [1, num_classes]:
         raise DefenseError(
-            f"model: expected logits [1, {num_classes}] for an image {size}, "
-            f"got {list(logits.shape)}"
+            f"model: expected logits [1, {num_classes}] for an image {size}, got {got}"
         )

@@ -30,7 +30,7 @@ class Factory(Architecture):
         try:
             make = getattr(importlib.import_module(module_name), attribute)
             network = make(num_classes=num_classes, **self.options)
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
+        except Exception as error:  # a user's code may raise anything
             raise DefenseError(
                 f"model.factory: expected 'package.module:callable' that takes num_classes and "
                 f"{sorted(self.options)}, got '{self.factory}' ({error})"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from defense.artifacts import Manifest, require_input, write_json, write_text
+from defense.artifacts import Manifest, require_input, write_bytes, write_json, write_text
 from defense.audit import Exhibits, audit, evidence, flags_csv
 from defense.html import render
 from defense.pictures import draw
@@ -76,9 +76,8 @@ def collect(params: Params, shelf: Shelf) -> Exhibits:
 def publish(report: AuditReport, exhibits: Exhibits) -> None:
     """Write what people and later stages read."""
     pictures = draw(report, exhibits.train, exhibits.affected, exhibits.flags, exhibits.truth)
-    paths.PLOTS.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
-        (paths.PLOTS / name).write_bytes(png)
+        write_bytes(paths.PLOTS / name, png)
     write_json(paths.REPORTS / "audit.json", report.model_dump(mode="json"))
     write_text(paths.REPORTS / "report.html", render(report, pictures))
     write_text(paths.REPORTS / "flags.csv", flags_csv(exhibits.train, exhibits.flags))

@@ -10,13 +10,14 @@ from pipelines.params import Params
 
 
 def run(params: Params) -> str:
-    """Write the run's id."""
+    """Write what was recorded; the run's id is the server's and stays out of the file."""
     recorded = Recorded(
         paths.HOME,
         read_report(paths.REPORTS / "audit.json"),
         read_lineage(paths.HOME),
         read_verdict(paths.REPORTS / "verdict.json").passed,
     )
-    record = track(recorded, params.tracking.experiment)
+    run_id = track(recorded, params.tracking.experiment)
+    record = {"experiment": params.tracking.experiment, "lineage": recorded.lineage["digest"]}
     write_json(paths.REPORTS / "tracked.json", record)
-    return f"MLflow run {record['run_id']}"
+    return f"MLflow run {run_id}"

@@ -10,6 +10,7 @@ from defense.influence.layers import find_layers
 from defense.method import members
 from defense.models import AnyArchitecture, build_model
 from defense.models.factory import Factory
+from defense.models.resnet import ResNet18
 
 SHAPE = (3, 16, 16)
 
@@ -51,3 +52,14 @@ def test_same_seed_same_weights_and_torch_is_left_alone(architecture: Architectu
 
 def test_has_layers_for_ekfac(architecture: Architecture) -> None:
     assert find_layers(build(architecture))
+
+
+def test_resnet18_is_the_cifar_network() -> None:
+    """Stem of 3x3 without pooling: the first stage sees all pixels, the last 4x4 of 32x32."""
+    network = ResNet18().build((3, 32, 32), 10).eval()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_173_962
+    image, shapes = torch.rand(1, 3, 32, 32), []
+    for layer in network:
+        image = layer(image)
+        shapes.append(tuple(image.shape[1:]))
+    assert shapes[3:11:2] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from defense.attacks import AnyAttack
+from defense.attacks.badnets import BadNets
 from defense.contracts import Attack
 from defense.errors import DataError
 from defense.method import members
@@ -70,3 +71,20 @@ def test_same_seed_same_poison(attack: Attack, split: Split) -> None:
 def test_refuses(attack: Attack, split: Split, change: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         attack.model_copy(update=change).poison(split, generator())
+
+
+def test_checker_is_the_four_pixels_of_the_published_code() -> None:
+    """Rows and columns counted from the lower right corner, set to black in all channels."""
+    white = np.full((2, 3, 32, 32), 255, dtype=np.uint8)
+    stamped = BadNets(target_class="b").stamp(white)
+    changed = {(int(r), int(c)) for r, c in np.argwhere(stamped[0, 0] == 0)}
+    assert changed == {(28, 30), (30, 30), (29, 29), (30, 28)}
+    np.testing.assert_array_equal(stamped, np.where(stamped[:1, :1] == 0, 0, white))
+
+
+def test_square_has_its_size_margin_and_value() -> None:
+    black = np.zeros((1, 3, 10, 12), dtype=np.uint8)
+    attack = BadNets(target_class="b", pattern="square", size=2, margin=3, value=0.6)
+    expected = black.copy()
+    expected[:, :, 5:7, 7:9] = 153
+    np.testing.assert_array_equal(attack.stamp(black), expected)

@@ -102,6 +102,16 @@ def test_delta_influence_is_the_published_count_rule(tau: float, tolerance: int)
     np.testing.assert_array_equal(flags.mask, counted)
 
 
+def test_delta_influence_of_several_affected_inputs_intersects() -> None:
+    case = make_case(affected=3)
+    case.scores[case.queries.affected.numpy() == 2] = 0  # the third implicates no row
+    assert DeltaInfluence(tau=-10).detect(case).mask.sum() == 0
+    flags = DeltaInfluence(tau=-10, affected_tolerance=1).detect(case)
+    np.testing.assert_array_equal(flags.mask, case.scores[0] > 50)
+    with pytest.raises(DataError, match="affected_tolerance is 3, expected less than"):
+        DeltaInfluence(affected_tolerance=3).detect(case)
+
+
 def test_delta_influence_refuses_a_tolerance_that_flags_everything() -> None:
     with pytest.raises(DataError, match="expected less than the number of transforms"):
         DeltaInfluence(tolerance=9).detect(make_case(transforms=9))

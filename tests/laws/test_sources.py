@@ -1,11 +1,13 @@
 """Laws of every data source."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from defense.contracts import DataSource
 from defense.datasets import AnyDataSource
@@ -121,6 +123,22 @@ def test_cifar_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(train.uint8()[2], Fake.data[2].transpose(2, 0, 1))
 
 
+def test_imagenette_is_named_by_its_classes(tmp_path: Path) -> None:
+    """Folders carry WordNet ids; users think of names."""
+    from torchvision.datasets import Imagenette as Source
+
+    from defense.datasets.hub import Imagenette
+
+    for split in ("train", "val"):
+        for wnid in Source._WNID_TO_CLASS:
+            folder = tmp_path / "imagenette2-160" / split / wnid
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "0.JPEG")
+    train = Imagenette(root=str(tmp_path), image_size=8).load(generator()).train
+    assert train.class_names[:2] == ("tench", "English springer")
+    assert train.ids[0] == "train/n01440764/0.JPEG"
+
+
 def break_tree(root: Path, kind: str) -> None:
     victim = root / "train" / "cat" / "0.png"
     if kind == "truncated":
@@ -138,6 +156,16 @@ def break_tree(root: Path, kind: str) -> None:
         outside = root.parent / f"{root.name}.png"
         victim.rename(outside)
         victim.symlink_to(outside)
+    elif kind == "16 bit":
+        Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(victim)
+    elif kind == "pipe":
+        os.mkfifo(victim.parent / "z.png")
+    elif kind == "not utf-8":
+        (victim.parent / os.fsdecode(b"\xe9.png")).write_bytes(victim.read_bytes())
+    elif kind == "text bomb":
+        facts = PngInfo()
+        facts.add_text("x", "y" * 2_000_000, zip=True)
+        Image.new("L", (8, 8)).save(victim, pnginfo=facts)
     elif kind == "bomb":
         Image.new("1", (9000, 9000)).save(victim)
 
@@ -152,6 +180,10 @@ def break_tree(root: Path, kind: str) -> None:
         ("odd class", "differ in the classes cow"),
         ("link out", "outside"),
         ("bomb", "9000x9000 pixels"),
+        ("16 bit", "more than 8 bits"),
+        ("pipe", "not a PNG, JPEG or WebP"),
+        ("not utf-8", "not named in UTF-8"),
+        ("text bomb", "not a readable image"),
     ],
 )
 def test_folder_refuses(tmp_path: Path, kind: str, message: str) -> None:

@@ -31,7 +31,7 @@ def gradients_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
     layers = find_layers(model)
     with frozen(model), record(layers) as tape:
         loss = F.cross_entropy(model(images), labels, reduction="sum")
-        return {name: per_sample_gradient(*pair) for name, pair in tape.pairs(loss)}
+        return {name: per_sample_gradient(*pair) for name, pair in tape.pairs(loss, len(images))}
 
 
 def loop_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
@@ -98,6 +98,22 @@ def test_refuses_tied_weights() -> None:
     second.weight = first.weight
     with pytest.raises(UnsupportedLayerError, match="share one weight"):
         find_layers(nn.Sequential(first, second))
+
+
+class Merged(nn.Module):
+    """Folds the tokens into the batch, as some transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).sum(1)
+
+
+def test_refuses_inputs_without_samples_in_front() -> None:
+    with pytest.raises(UnsupportedLayerError, match="expected the samples in front"):
+        gradients_of(Merged(), torch.randn(3, 4, 6), torch.tensor([0, 1, 2]))
 
 
 def test_refuses_a_layer_that_runs_twice() -> None:

@@ -43,8 +43,28 @@ PARAMS: dict[str, tuple[str, Callable[[dict], object], str]] = {
     ),
     "model without layers": (
         "train",
-        lambda p: p.update(model={"name": "factory", "factory": "torch.nn:Flatten"}),
-        "model.factory",
+        lambda p: p.update(model={"name": "factory", "factory": "tests.networks:layerless"}),
+        "at least one Linear or Conv2d",
+    ),
+    "network that breaks": (
+        "train",
+        lambda p: p.update(model={"name": "factory", "factory": "tests.networks:broken"}),
+        "takes images 1x8x8, got: no such luck",
+    ),
+    "network without logits": (
+        "train",
+        lambda p: p.update(model={"name": "factory", "factory": "tests.networks:pair"}),
+        "expected logits [1, 10] for an image 1x8x8, got tuple",
+    ),
+    "network of another number of classes": (
+        "train",
+        lambda p: p.update(model={"name": "factory", "factory": "tests.networks:narrow"}),
+        "got [1, 3]",
+    ),
+    "factory that is not there": (
+        "train",
+        lambda p: p.update(model={"name": "factory", "factory": "tests.networks:missing"}),
+        "expected 'package.module:callable'",
     ),
     "model for larger images": (
         "train", lambda p: p.update(model={"name": "resnet9"}), "takes images 1x8x8",
@@ -117,6 +137,11 @@ def test_folders(home: Path, tmp_path: Path, kind: str) -> None:
     source = {"name": "folder", "path": str(tree), "image_size": 8, "channels": 1}
     set_params(home, lambda params: params.update(data=source))
     refuse(home, "data", "is empty" if kind == "empty class" else "not a readable image")
+
+
+def test_parameters_that_are_not_utf8(home: Path) -> None:
+    (home / "params.yaml").write_bytes(b"seed: 0 # \xe9\n")
+    refuse(home, "data", "is not YAML")
 
 
 def test_unknown_stage_is_usage(home: Path) -> None:

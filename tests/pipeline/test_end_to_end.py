@@ -105,11 +105,16 @@ def test_lineage_links_data_to_verdict(clone: Path, home: Path) -> None:
         reached.add(name)
         todo += [names[sha] for sha in nodes[name]["inputs"].values() if names[sha] not in reached]
     assert reached == set(nodes)
-    labels = home / "artifacts" / "clean_train" / "labels.npy"
-    data = labels.read_bytes()
-    labels.unlink()
-    labels.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert run(home, "defense", "lineage", "verify").returncode == 3
+    for name in ("artifacts/clean_train/labels.npy", "reports/flags.csv"):
+        file = home / name
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        done = run(home, "defense", "lineage", "verify")
+        assert done.returncode == 3
+        assert (
+            name in done.stderr or Path(name).stem in done.stderr or "flagged_rows" in done.stderr
+        )
 
 
 def client(home: Path) -> MlflowClient:
@@ -163,7 +168,7 @@ def test_mlflow_inputs_carry_both_hashes(clone: Path) -> None:
 
 
 def test_tracking_twice_adds_nothing_and_mends_a_torn_run(home: Path) -> None:
-    record = (home / "reports" / "tracked.json").read_text()
+    record = (home / "reports" / "tracked.json").read_bytes()
     (home / "mlflow.db").unlink()
     assert stage(home, "track").returncode == 0
     store = client(home)
@@ -171,14 +176,24 @@ def test_tracking_twice_adds_nothing_and_mends_a_torn_run(home: Path) -> None:
     assert len(first) == 3
     assert stage(home, "track").returncode == 0
     assert {run.info.run_id for run in runs_of(store)} == first
-    assert load(home / "reports" / "tracked.json")["run_id"] in first
-    assert (home / "reports" / "tracked.json").read_text() != record  # another database
-    parent = load(home / "reports" / "tracked.json")["run_id"]
+    assert (home / "reports" / "tracked.json").read_bytes() == record
+    parent = next(
+        r for r in runs_of(store) if r.data.tags["defense.part"] == "pipeline"
+    ).info.run_id
     store.update_run(parent, status="RUNNING")  # as a kill would leave it
     assert stage(home, "track").returncode == 0
     again = runs_of(store)
     assert len(again) == 3
     assert parent not in {run.info.run_id for run in again}
+
+
+def test_a_clean_tree_is_recorded_as_clean(home: Path) -> None:
+    git = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")
+    assert run(home, *git, "commit", "-qam", "cut down").returncode == 0
+    (home / "mlflow.db").unlink()
+    assert stage(home, "track").returncode == 0
+    parent = next(r for r in runs_of(client(home)) if r.data.tags["defense.part"] == "pipeline")
+    assert parent.data.tags["git.dirty"] == "false"
 
 
 def test_tracking_goes_where_the_environment_says(home: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The gate: verdicts, exit codes, and evidence that does not match."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from defense.artifacts import sha256_file, write_json
 from defense.cli import main
 from defense.gate import Policy, judge, verify, write_verdict
-from defense.lineage import verify_lineage, write_lineage
+from defense.lineage import digest, verify_lineage, write_lineage
 from defense.report import AuditReport, Evidence, ModelQuality, Rate, read_report
 from defense.storage import save_model
 
@@ -40,6 +41,7 @@ def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) 
         detector_verdict="poison found",
         num_train=10,
         num_flagged=2,
+        emptied_classes=[],
         affected=[],
         methods={},
         gradient_samples={"train": 1, "remediate": 1},
@@ -50,6 +52,8 @@ def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) 
     )
     file = home / "reports" / "audit.json"
     write_json(file, report.model_dump(mode="json"))
+    for name in ("report.html", "flags.csv"):
+        (home / "reports" / name).write_text(name)
     write_verdict(home / "reports", judge(report, sha256_file(file), Policy()))
     write_lineage(home)
     (home / "params.yaml").write_text("gate: {max_psr: 0.05, max_accuracy_drop: 0.02}\n")
@@ -106,6 +110,31 @@ def test_a_policy_that_is_not_valid_is_usage(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_summary_that_cannot_be_written_is_usage(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    summary = str(tmp_path / "no" / "such" / "summary.md")
+    assert exit_code("gate", "--home", str(home), "--summary", summary) == 2
+
+
+def test_a_policy_that_is_not_utf8_is_usage(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    (home / "params.yaml").write_bytes(b"gate: {max_psr: 0.05} # \xe9")
+    assert run_gate(home) == 2
+
+
+@pytest.mark.parametrize(("psr", "code"), [(1, 0), (90, 1)])
+def test_a_reader_that_has_gone_does_not_change_the_verdict(
+    tmp_path: Path, psr: int, code: int
+) -> None:
+    home = make_home(tmp_path, psr=psr)
+    command = f"import sys; from defense.cli import main; main(['gate', '--home', {str(home)!r}])"
+    gate = [sys.executable, "-c", command]
+    read, write = os.pipe()
+    os.close(read)
+    assert subprocess.run(gate, stdout=write, check=False).returncode == code
+    os.close(write)
+
+
 @pytest.mark.parametrize("arguments", [["gate", "--home", "/no/such"], ["gate", "--nope"], ["x"]])
 def test_usage(arguments: list[str]) -> None:
     assert exit_code(*arguments) == 2
@@ -134,6 +163,12 @@ def spoil(home: Path, kind: str) -> None:
         write_json(reports / "verdict.json", raw | {"model_sha256": "0" * 64})
         if kind == "verdict edited and sealed":
             write_lineage(home)
+    elif kind == "manifest of another type":
+        write_json(model / "manifest.json", {"version": 1, "kind": "model", "files": []})
+    elif kind == "node without a path":
+        raw = json.loads((reports / "lineage.json").read_text())
+        del raw["nodes"]["report"]["path"]
+        write_json(reports / "lineage.json", raw | {"digest": digest(raw["nodes"])})
     elif kind == "lineage edited":
         raw = json.loads((reports / "lineage.json").read_text())
         raw["nodes"]["report"]["sha256"] = "0" * 64
@@ -147,6 +182,8 @@ def spoil(home: Path, kind: str) -> None:
         "verdict.json",
         "lineage.json",
         "lineage edited",
+        "manifest of another type",
+        "node without a path",
         "report edited",
         "report truncated",
         "weights edited",

@@ -11,7 +11,7 @@ from defense.compute import seeded
 from defense.errors import DataError, NumericalError
 from defense.models import build_model, channel_statistics
 from defense.models.small_cnn import SmallCnn
-from defense.recipe import Recipe, rate
+from defense.recipe import Recipe, learning_rate_at
 from defense.records import Split
 from defense.training import Stepper, augment, predict, train
 
@@ -112,10 +112,37 @@ def test_augmentation_moves_pixels_and_keeps_them(split: Split) -> None:
     assert (moved.sum((1, 2, 3)) >= inner - 1e-3).all()
 
 
+def test_flip_mirrors_half_of_the_images() -> None:
+    images = torch.arange(400 * 6, dtype=torch.float32).reshape(400, 1, 2, 3)
+    turned = augment(images, Recipe(epochs=1, flip=True), seeded(0, "order"))
+    mirrored = (turned == images.flip(3)).all(dim=3).all(dim=2).squeeze(1)
+    kept = (turned == images).all(dim=3).all(dim=2).squeeze(1)
+    assert (mirrored | kept).all()
+    assert 150 < int(mirrored.sum()) < 250
+
+
+def test_a_step_is_sgd_with_nesterov_momentum_and_weight_decay() -> None:
+    """Two steps of one weight, by hand: w = 1, gradient of the loss is known to autograd."""
+    recipe = Recipe(epochs=1, learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    model = nn.Linear(1, 2, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    images, targets = torch.ones(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64)
+    stepper = Stepper(nn.Sequential(nn.Flatten(), model), recipe)
+    weight, velocity = np.ones(2), np.zeros(2)
+    for _ in range(2):
+        stepper.step(images, targets, 0.1)
+        share = np.exp(weight) / np.exp(weight).sum()
+        gradient = share - np.array([1.0, 0.0]) + 0.5 * weight
+        velocity = 0.9 * velocity + gradient
+        weight = weight - 0.1 * (gradient + 0.9 * velocity)
+    found = next(iter(stepper.weights().values()))[:, 0].numpy()
+    np.testing.assert_allclose(found, weight, rtol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["triangle", "cosine", "steps", "constant"])
 def test_schedules_stay_below_the_peak(schedule: str) -> None:
     recipe = Recipe(epochs=1, learning_rate=0.5, schedule=schedule)
-    rates = [rate(recipe, step / 100) for step in range(100)]
+    rates = [learning_rate_at(recipe, step / 100) for step in range(100)]
     assert max(rates) == pytest.approx(0.5, rel=0.02)
     assert min(rates) > 0
     assert schedule == "constant" or rates[-1] < 0.02
