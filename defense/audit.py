@@ -88,6 +88,7 @@ def audit(
     exhibits: Exhibits,
     settings: AuditSettings,
     *,
+    curvature: str,
     methods: dict[str, Any],
     gradient_samples: dict[str, int],
     artifacts: dict[str, Evidence],
@@ -97,6 +98,7 @@ def audit(
     Args:
         exhibits: What to look at.
         settings: What counts as success.
+        curvature: What the influence functions were fitted on.
         methods: Settings of every method that took part, by params section.
         gradient_samples: Per-sample gradients spent, by stage.
         artifacts: Digest of every artefact that was used.
@@ -112,6 +114,7 @@ def audit(
         num_flagged=int(exhibits.flags.mask.sum()),
         emptied_classes=emptied_classes(exhibits.train, exhibits.flags),
         affected=_affected(exhibits),
+        curvature=curvature,
         methods=methods,
         gradient_samples=gradient_samples,
         success=is_success(before, after, settings),

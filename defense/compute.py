@@ -62,10 +62,21 @@ def progress(**options: Any) -> tqdm:
     )
 
 
-def batches(num_rows: int, batch_size: int, *, label: str) -> Iterator[NDArray[np.int64]]:
-    """Yield consecutive row numbers in batches, with a progress bar and the time left."""
-    starts = range(0, num_rows, batch_size)
-    for start in progress(iterable=starts, desc=label, unit="batch"):
+def batches(
+    num_rows: int, batch_size: int, *, label: str, first: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """Yield consecutive row numbers in batches, with a progress bar and the time left.
+
+    Args:
+        num_rows: Rows in all.
+        batch_size: Rows of a batch.
+        label: What the bar is called.
+        first: Rows that were done before.
+    """
+    starts = range(first, num_rows, batch_size)
+    total, begin = -(-num_rows // batch_size), first // batch_size
+    bar = progress(iterable=starts, desc=label, unit="batch", total=total, initial=begin)
+    for start in bar:
         yield np.arange(start, min(start + batch_size, num_rows))
 
 
@@ -73,3 +84,10 @@ def pixel_store(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Allocate uint8 pixels in an unnamed temporary file, so that no set has to fit in memory."""
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+
+def has_bf16(place: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 in hardware, accumulating in float32."""
+    if place.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -5,6 +5,7 @@ indices, so a mask made for another split is refused.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from defense.errors import DataError
 
 Mask = NDArray[np.bool_]
+Tier = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)
@@ -170,18 +172,53 @@ class LayerFactors:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Which parameters influence accounts for.
+
+    Attributes:
+        share: Share of the model's parameters that the treated layers hold.
+        left_out: Kind of every module left out, with its number of parameters.
+    """
+
+    share: float
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        parts = [f"{kind} ({count:,})" for kind, count in self.left_out.items()]
+        rest = f"; left out: {', '.join(parts)}" if parts else ""
+        return f"{self.share:.2%} of the parameters{rest}"
+
+
+@dataclass(frozen=True)
 class Factors:
     """EK-FAC factors of a model.
 
     Attributes:
         layers: Factors by layer name, in the order the layers run.
-        num_examples: Training rows they were fitted on.
-        coverage: Share of the model's parameters that the layers hold.
+        num_examples: Training rows they stand for.
+        coverage: Which parameters the layers hold.
+        tier: ``exact`` or ``fast``.
+        num_differentiated: Rows whose gradients were taken; those of the others are negligible.
+        left_out: Share of the squared loss gradients that those others hold.
+        excluded: Names of the modules that were left out on request.
     """
 
     layers: dict[str, LayerFactors]
     num_examples: int
-    coverage: float
+    coverage: Coverage
+    tier: Tier
+    num_differentiated: int
+    left_out: float
+    excluded: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say in one line what they were fitted on."""
+        return (
+            f"{self.tier} tier, {len(self.layers)} layers with {self.coverage}; gradients of "
+            f"{self.num_differentiated:,} of {self.num_examples:,} rows, the others hold "
+            f"{self.left_out:.2%} of the squared loss gradients"
+        )
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ class AuditReport(Part):
         num_flagged: Rows removed.
         emptied_classes: Classes all of whose rows were removed.
         affected: The inputs the investigation started from.
+        curvature: What the influence functions were fitted on: tier, parameters, rows.
         methods: The settings of every method that took part, by params section.
         gradient_samples: Per-sample gradients spent, by ``train`` and ``remediate``.
         success: PSR after below `psr_bound` and accuracy drop within `accuracy_drop_bound`.
@@ -132,6 +133,7 @@ class AuditReport(Part):
     num_flagged: int
     emptied_classes: list[str]
     affected: list[Affected]
+    curvature: str
     methods: dict[str, Any]
     gradient_samples: dict[str, int]
     success: bool

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
 from defense.errors import ArtifactError
-from defense.records import Factors, Flags, ImageSet, LayerFactors, Queries, Truth, image_set
+from defense.records import (
+    Coverage,
+    Factors,
+    Flags,
+    ImageSet,
+    LayerFactors,
+    Queries,
+    Truth,
+    image_set,
+)
 
 COPY_ROWS = 4096  # images copied at a time, so that saving never holds a whole set
 
@@ -139,7 +148,12 @@ def save_factors(path: Path, factors: Factors, *, inputs: Inputs) -> str:
     meta = {
         "layers": list(factors.layers),
         "num_examples": factors.num_examples,
-        "coverage": factors.coverage,
+        "coverage": factors.coverage.share,
+        "without_factors": factors.coverage.left_out,
+        "tier": factors.tier,
+        "num_differentiated": factors.num_differentiated,
+        "left_out": factors.left_out,
+        "excluded": list(factors.excluded),
     }
     files = {"factors.safetensors": tensors(parts)}
     return write_artifact(path, "factors", files, meta=meta, inputs=inputs)
@@ -154,7 +168,16 @@ def load_factors(path: Path) -> tuple[Factors, Manifest]:
         name: LayerFactors(**{part: parts[f"{name}:{part}"] for part in fields})
         for name in manifest.fact("layers")
     }
-    return Factors(layers, manifest.fact("num_examples"), manifest.fact("coverage")), manifest
+    facts = Factors(
+        layers,
+        manifest.fact("num_examples"),
+        Coverage(manifest.fact("coverage"), manifest.fact("without_factors")),
+        manifest.fact("tier"),
+        manifest.fact("num_differentiated"),
+        manifest.fact("left_out"),
+        tuple(manifest.fact("excluded")),
+    )
+    return facts, manifest
 
 
 def save_scores(

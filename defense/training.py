@@ -1,13 +1,10 @@
 """Training and prediction: one loop for suspect models, retraining and fine-tuning."""
 
 import copy
-import hashlib
 import math
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from defense.compute import batches, device, progress
+from defense.checkpoints import Checkpoint, fingerprint
+from defense.compute import batches, device, has_bf16, progress
 from defense.errors import DataError, NumericalError
 from defense.recipe import Recipe, learning_rate_at
 from defense.records import ImageSet, Trained
 
 PREDICT_BATCH = 500
 VERSION = 1  # of the loop below; a checkpoint of another version is not continued
-CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one epoch
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -65,7 +62,7 @@ class Stepper:
 
     def _lower(self, model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Turn convolutions and linear layers to bf16; returns (bf16, fp32 master) pairs."""
-        if not _has_bf16(self.place):
+        if not has_bf16(self.place):
             warnings.warn("precision bf16: this hardware has no bf16, expect no gain", stacklevel=2)
         pairs = []
         for layer in model.modules():
@@ -118,62 +115,6 @@ def _cast_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (inputs[0].to(weight.dtype), *inputs[1:])
 
 
-def _has_bf16(place: torch.device) -> bool:
-    if place.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@dataclass
-class Checkpoint:
-    """Where an unfinished training lies: a file keyed by everything that determines it."""
-
-    path: Path | None
-    saved: float = 0.0
-
-    @classmethod
-    def at(cls, scratch: Path | None, *parts: bytes) -> "Checkpoint":
-        """Name the checkpoint of one training; without a scratch folder nothing is kept."""
-        key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-        return cls(scratch / f"{key}.pt" if scratch else None, time.monotonic())
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the saved state; a damaged file is deleted with a warning."""
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            return dict(torch.load(self.path, weights_only=True))
-        except Exception as error:  # torch.load raises many kinds on damaged files
-            warnings.warn(f"{self.path} is damaged, starting again ({error})", stacklevel=2)
-            self.path.unlink()
-            return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Save the state if the last save is long enough ago."""
-        if self.path is None or time.monotonic() - self.saved < CHECKPOINT_SECONDS:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
-        self.saved = time.monotonic()
-
-    def remove(self) -> None:
-        """Delete the file when the training is finished."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _fingerprint(model: nn.Module, images: ImageSet) -> bytes:
-    digest = hashlib.sha256(f"{VERSION}\n{model}".encode())
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(images.labels.tobytes())
-    for rows in np.array_split(np.arange(len(images)), len(images) // 4096 + 1):
-        digest.update(images.uint8(rows).tobytes())
-    return digest.digest()
-
-
 def train(
     model: nn.Module,
     images: ImageSet,
@@ -206,7 +147,8 @@ def train(
     checkpoint = Checkpoint.at(
         scratch,
         recipe.model_dump_json().encode(),
-        _fingerprint(model, images),
+        fingerprint(model, images),
+        str(VERSION).encode(),
         generator.get_state().numpy().tobytes(),
     )
     _epochs(stepper, images, generator, checkpoint, label)

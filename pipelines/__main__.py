@@ -1,6 +1,7 @@
 """Run one stage: ``python -m pipelines <stage>``."""
 
 import importlib
+import logging
 import sys
 
 import click
@@ -27,6 +28,8 @@ STAGES = (
 @click.argument("stage", type=click.Choice(STAGES))
 def main(stage: str) -> None:
     """Run one stage in the current folder; all of params.yaml is validated first."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("defense").setLevel(logging.INFO)
     try:
         params = read_params(paths.PARAMS)
         click.echo(importlib.import_module(f"pipelines.stages.{stage}").run(params))

@@ -1,40 +1,60 @@
 """EK-FAC factors (George et al. 2018, section 3; Grosse et al. 2023, section 2.2)."""
 
+import logging
 import math
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from defense.checkpoints import Checkpoint, fingerprint, source_digest
 from defense.compute import batches, progress
 from defense.errors import NumericalError
-from defense.influence.layers import (
-    Pair,
-    Tape,
-    coverage,
-    find_layers,
-    per_sample_gradient,
-    record,
-)
-from defense.influence.task import CLASSIFICATION, Task
+from defense.influence.contraction import Basis, add_squares, cheapest_squares
+from defense.influence.covariance import Autocorrelation, Covariance, Gram, shifted_size
+from defense.influence.eigen import eigenvectors
+from defense.influence.forecast import Memory, forecast_factors
+from defense.influence.layers import Trace, coverage
+from defense.influence.network import Network
+from defense.influence.products import Workspace, heavy_dtype
+from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
-from defense.records import Factors, ImageSet, LayerFactors
-from defense.training import frozen
+from defense.records import Factors, ImageSet, LayerFactors, Tier
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["activation", "gradient"]
+SIDES: tuple[Side, Side] = ("activation", "gradient")
 
 
 class FactorSettings(Method):
     """How the curvature is estimated.
 
     Attributes:
-        batch_size: Rows per step; bounds the memory, does not change the result.
+        tier: ``exact`` uses every row for everything, in float32. ``fast`` takes the rows whose
+            labels surprise the model most, until the others would change the factors by less
+            than `tolerance`, and multiplies in bfloat16, where the hardware does and the result
+            bears it.
+        tolerance: Share of the squared loss gradients, with respect to the model's outputs,
+            that the rows left out by ``fast`` may hold.
+        batch_size: Rows per step at most; bounds the memory, does not change the result.
+        memory_limit: GiB the process may take; None for no limit.
         fisher: ``sampled`` draws labels from the model (the true Fisher, equal to the
             Gauss-Newton matrix of cross-entropy); ``empirical`` uses the training labels.
+        exclude: Names of modules whose parameters are left out.
     """
 
+    tier: Tier = "fast"
+    tolerance: float = Field(1e-3, gt=0, lt=1)
     batch_size: int = Field(64, gt=0)
+    memory_limit: float | None = Field(None, gt=0)
     fisher: Literal["sampled", "empirical"] = "sampled"
+    exclude: tuple[str, ...] = ()
 
 
 def fit_factors(
@@ -43,142 +63,230 @@ def fit_factors(
     settings: FactorSettings,
     generator: torch.Generator,
     task: Task = CLASSIFICATION,
+    *,
+    scratch: Path | None = None,
 ) -> Factors:
-    """Fit the factors of every linear and convolution layer in two passes over the data.
+    """Fit the factors of every linear and convolution layer.
 
-    The first pass sums the covariances of activations and of output gradients, whose
-    eigenvectors span the Kronecker basis; the second takes the mean squared per-sample
-    gradient in that basis, the eigenvalue correction.
+    First the covariances of activations and of output gradients are summed, whose
+    eigenvectors span the Kronecker basis; then the mean squared per-sample gradient is taken
+    in that basis, the eigenvalue correction.
 
     Args:
         model: The suspect model; it stays as it is.
         images: The training set.
         settings: How to estimate.
-        generator: Draws one label per row, the same for both passes.
+        generator: Draws one label per row.
         task: Loss and label distribution of the model.
+        scratch: Folder for the checkpoint that makes a killed fit resumable.
 
     Returns:
         Factors on the CPU, float32.
 
     Raises:
-        UnsupportedLayerError: The model has no layer to treat, or one runs twice.
+        UnsupportedLayerError: The model has a layer that cannot be treated.
         NumericalError: A layer's covariance is not finite, cannot be decomposed, or its
             Lambda is zero or not finite.
+        DefenseError: The memory limit is too small.
     """
-    layers = find_layers(model)
+    network = Network(model, settings.exclude)
+    memory = Memory(settings.batch_size, settings.memory_limit)
+    forecast = forecast_factors(network, images, settings.tier, memory)
+    logger.info("%s", forecast)
     draws = torch.rand(len(images), generator=generator)
-    source = _Source(images, settings, draws, task)
-    with frozen(model), record(layers) as tape:
-        covariances = _covariances(model, tape, source)
-        steps = progress(iterable=covariances.items(), desc="eigendecompositions", unit="layer")
-        bases = {name: _basis(name, *pair) for name, pair in steps}
-        lambdas = _lambdas(model, tape, source, bases)
-    ran = {name: layers[name] for name in bases}
-    fitted = {
-        name: LayerFactors(*(part.cpu() for part in (*bases[name], lambdas[name])))
-        for name in bases
-    }
-    return Factors(fitted, len(images), coverage(model, ran))
+    checkpoint = Checkpoint.at(
+        scratch,
+        fingerprint(model, images),
+        settings.model_dump_json().encode(),
+        f"{type(task).__qualname__} {forecast.batch_size}".encode(),
+        draws.numpy().tobytes(),
+        source_digest(Path(__file__).parent),
+    )
+    fit = _Fit(network, images, settings, draws, task, forecast.batch_size)
+    fit.resume(checkpoint)
+    layers = fit.run()
+    checkpoint.remove()
+    covered = coverage(model, layers)
+    return Factors(
+        layers,
+        len(images),
+        covered,
+        settings.tier,
+        len(fit.rows),
+        fit.left_out,
+        settings.exclude,
+    )
 
 
-class _Source:
-    """Batches of the training set with the labels the Fisher matrix is taken over."""
+class _Fit:
+    """The passes over the data, with what they share and what a checkpoint holds."""
 
     def __init__(
-        self, images: ImageSet, settings: FactorSettings, draws: Tensor, task: Task
+        self,
+        network: Network,
+        images: ImageSet,
+        settings: FactorSettings,
+        draws: Tensor,
+        task: Task,
+        batch_size: int,
     ) -> None:
-        self.images, self.settings, self.draws, self.task = images, settings, draws, task
+        self.network, self.images, self.settings = network, images, settings
+        self.draws, self.task, self.batch_size = draws, task, batch_size
+        self.space = Workspace()
+        self.checkpoint = Checkpoint(None)
+        self.done: dict[str, int] = {}
+        self.rows = np.arange(len(images))
+        self.left_out = 0.0
+        self.mass = torch.zeros(len(images), dtype=torch.float64)
+        self.sums: dict[str, Covariance] = {}
+        self.bases: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
 
-    def pairs(self, model: nn.Module, tape: Tape, label: str) -> Iterator[tuple[str, Pair]]:
-        """Yield activations and loss gradients of every layer for batch after batch."""
-        place = next(model.parameters()).device
-        for rows in batches(len(self.images), self.settings.batch_size, label=label):
-            outputs = model(self.images.images(rows).to(place)).float()
-            if self.settings.fisher == "empirical":
-                targets = self.images.targets(rows).to(place)
-            else:
-                targets = self.task.sample(outputs.detach(), self.draws[rows].to(place))
-            loss = self.task.loss(outputs, targets).sum()
-            yield from tape.pairs(loss, len(rows))
+    def run(self) -> dict[str, LayerFactors]:
+        """Run what the checkpoint does not hold yet."""
+        if self.settings.tier == "exact":
+            self.covariances()
+        else:
+            self.activation_covariances()
+            self.leave_out(self.settings.tolerance)
+            self.gradient_covariances()
+        self.decompose()
+        self.lambdas()
+        return {
+            name: LayerFactors(
+                self.bases[f"{name}:activation"].cpu(),
+                self.bases[f"{name}:gradient"].cpu(),
+                self._mean_square(name, total).cpu(),
+            )
+            for name, total in self.squares.items()
+        }
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, and keep it up to date."""
+        self.checkpoint, state = checkpoint, checkpoint.load()
+        if state is not None:
+            place = self.network.place
+            self.done, self.mass = state["done"], state["mass"]
+            for key, parts in state["covariances"].items():
+                self.sums[key] = self.covariance(key, state["sizes"][key])
+                self.sums[key].parts = _placed(parts, place)
+            self.bases = _placed(state["bases"], place)
+            self.squares = _placed(state["squares"], place)
 
-def _covariances(model: nn.Module, tape: Tape, source: _Source) -> dict[str, Pair]:
-    """Sum the uncentred covariances: name to (``[g, i, i]``, ``[g, o, o]``)."""
-    sums: dict[str, Pair] = {}
-    for name, pair in source.pairs(model, tape, "covariances"):
-        new = tuple(_gram(part) for part in pair)
-        old = sums.get(name)
-        sums[name] = (new[0], new[1]) if old is None else (old[0] + new[0], old[1] + new[1])
-    return sums
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """Sum outer products over samples and positions: ``[n, g, t, d]`` to ``[g, d, d]``."""
-    flat = rows.transpose(0, 1).flatten(1, 2)
-    return flat.transpose(1, 2) @ flat
-
-
-def _basis(name: str, activation: Tensor, gradient: Tensor) -> Pair:
-    """Eigenvectors of both covariances of a layer, in columns."""
-    return _eigenvectors(name, "activation", activation), _eigenvectors(name, "gradient", gradient)
-
-
-def _eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
-    wide = matrix.double()
-    symmetric = (wide + wide.transpose(1, 2)) / 2
-    if not symmetric.isfinite().all():
-        raise NumericalError(
-            f"the {side} covariance of layer {name} is not finite; "
-            "the model's weights or activations overflow: train it again"
+    def save(self) -> None:
+        """Save everything that has been summed, if it is time to."""
+        self.checkpoint.save(
+            {
+                "done": self.done,
+                "mass": self.mass,
+                "covariances": {key: sums.parts for key, sums in self.sums.items()},
+                "sizes": {key: sums.size for key, sums in self.sums.items()},
+                "bases": self.bases,
+                "squares": self.squares,
+            }
         )
-    try:
-        return torch.linalg.eigh(symmetric).eigenvectors.float()
-    except torch.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"the eigendecomposition of the {side} covariance of layer {name} failed ({error}); "
-            "fit the factors on more rows"
-        ) from error
 
+    def steps(self, label: str) -> Iterator[NDArray[np.int64]]:
+        """Yield the rows in use that a pass has not seen yet, in batches."""
+        first = self.done.get(label, 0)
+        for places in batches(len(self.rows), self.batch_size, label=label, first=first):
+            yield self.rows[places]
+            self.done[label] = int(places[-1]) + 1
+            self.save()
 
-def rotate(gradient: Tensor, activation_basis: Tensor, gradient_basis: Tensor) -> Tensor:
-    """Bring gradients ``[n, g, o, i]`` into the Kronecker eigenbasis."""
-    return gradient_basis.transpose(1, 2) @ gradient @ activation_basis
+    def outputs(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Run a batch: outputs, and gradients of the loss the Fisher matrix is made of."""
+        outputs, targets = self.network.rows(self.images, rows)
+        if self.settings.fisher == "sampled":
+            draws = self.draws[torch.from_numpy(rows)].to(outputs.device)
+            targets = self.task.sample(outputs.detach(), draws)
+        return outputs, cotangents(self.task.loss, outputs, targets)
 
+    def covariance(self, key: str, size: tuple[int, int] | None) -> Covariance:
+        """Start the sum of one side of a layer, shifting inputs of a size or copying patches."""
+        name, side = key.rsplit(":", 1)
+        layer = self.network.layers[name]
+        if size is not None and isinstance(layer, nn.Conv2d):
+            return Autocorrelation(layer, *size)
+        return Gram(side)
 
-def rotated_gradient(pair: Pair, basis: Pair) -> Tensor:
-    """Per-sample gradients in the eigenbasis, ``[n, g, o, i]``, by the cheaper order."""
-    a, s = pair
-    if a.shape[2] < min(a.shape[3], s.shape[3]):
-        return per_sample_gradient(a @ basis[0], s @ basis[1])
-    return rotate(per_sample_gradient(a, s), *basis)
+    def add(self, name: str, side: Side, trace: Trace, dtype: torch.dtype) -> None:
+        """Add a batch to the covariance of one side of a layer."""
+        key = f"{name}:{side}"
+        if key not in self.sums:
+            size = shifted_size(trace) if side == "activation" else None
+            self.sums[key] = self.covariance(key, size)
+        self.sums[key].add(trace, dtype, self.space)
 
+    def covariances(self) -> None:
+        """Sum the uncentred covariances of both sides in one pass."""
+        for rows in self.steps("covariances"):
+            for name, trace in self.network.traces(*self.outputs(rows)):
+                for side in SIDES:
+                    self.add(name, side, trace, trace.x.dtype)
 
-def _lambdas(
-    model: nn.Module, tape: Tape, source: _Source, bases: dict[str, Pair]
-) -> dict[str, Tensor]:
-    """Mean squared per-sample gradient in the eigenbasis, ``[g, o, i]``, by layer."""
-    sums: dict[str, Tensor] = {}
-    for name, pair in source.pairs(model, tape, "lambda"):
-        new = rotated_gradient(pair, bases[name]).square().sum(0)
-        sums[name] = sums[name] + new if name in sums else new
-    for name, total in sums.items():
+    def activation_covariances(self) -> None:
+        """Sum the activation side in forward passes, and weigh every row's loss gradient."""
+        dtype = heavy_dtype(self.network.place)
+        for rows in self.steps("activations"):
+            with torch.no_grad():
+                outputs, slope = self.outputs(rows)
+                self.mass[torch.from_numpy(rows)] = slope.double().square().sum(1).cpu()
+                for name, trace in self.network.traces(outputs):
+                    self.add(name, "activation", trace, dtype)
+
+    def leave_out(self, tolerance: float) -> None:
+        """Keep the rows with the largest loss gradients that hold all but `tolerance` of them.
+
+        Everything that is left to sum is linear in the squared gradient of a row, and a row
+        the model is sure of has next to none.
+        """
+        order = self.mass.argsort(descending=True, stable=True)
+        held = self.mass[order].cumsum(0) / self.mass.sum()
+        count = int((held < 1 - tolerance).sum()) + 1
+        self.rows = order[:count].sort().values.numpy()
+        self.left_out = max(0.0, float(1 - held[min(count, len(held)) - 1]))
+
+    def gradient_covariances(self) -> None:
+        """Sum the output gradients' side."""
+        for rows in self.steps("gradients"):
+            for name, trace in self.network.traces(*self.outputs(rows)):
+                self.add(name, "gradient", trace, trace.x.dtype)
+
+    def decompose(self) -> None:
+        """Find the eigenvectors of both sides of every layer, dropping the covariances."""
+        for key in progress(iterable=list(self.sums), desc="eigendecompositions", unit="matrix"):
+            name, side = key.rsplit(":", 1)
+            self.bases[key] = eigenvectors(name, side, self.sums.pop(key).total())
+            self.save()
+
+    def lambdas(self) -> None:
+        """Sum the squared per-sample gradients in the eigenbasis, ``[g, o, i]``, by layer."""
+        turned: dict[str, Basis] = {}
+        for rows in self.steps("lambda"):
+            for name, trace in self.network.traces(*self.outputs(rows)):
+                shape, dtype = trace.shape, trace.x.dtype
+                if name not in turned:
+                    activation, gradient = (self.bases[f"{name}:{side}"] for side in SIDES)
+                    turned[name] = Basis.of(activation, gradient, trace.x.device, dtype)
+                if name not in self.squares:
+                    size = shape.groups, shape.outputs, shape.inputs
+                    self.squares[name] = torch.zeros(size, dtype=dtype, device=trace.x.device)
+                order = cheapest_squares(shape)
+                add_squares(self.squares[name], trace, turned[name], order, dtype, self.space)
+
+    def _mean_square(self, name: str, total: Tensor) -> Tensor:
         if not 0 < float(total.sum()) < math.inf:
             raise NumericalError(
                 f"expected a positive, finite Lambda for layer {name}, got a sum of "
-                f"{float(total.sum())}; the layer is dead or the model is saturated: train it again"
+                f"{float(total.sum())}; the layer is dead or the model is saturated: "
+                "train it again"
             )
-    return {name: total / len(source.images) for name, total in sums.items()}
+        return total / len(self.images)
 
 
-def precondition(gradient: Tensor, factors: LayerFactors, damping: float) -> Tensor:
-    """Multiply gradients by the inverse damped EK-FAC matrix.
-
-    Args:
-        gradient: ``[q, g, o, i]``.
-        factors: Factors of the layer.
-        damping: Relative to the mean of the layer's Lambda (Grosse et al. 2023 use 0.1).
-    """
-    eigenvalues = factors.lambda_matrix
-    basis = factors.activation_eigenvectors, factors.gradient_eigenvectors
-    scaled = rotate(gradient, *basis) / (eigenvalues + damping * eigenvalues.mean())
-    return basis[1] @ scaled @ basis[0].transpose(1, 2)
+def _placed(values: Any, place: torch.device) -> Any:
+    """Move the tensors of a nested dictionary to a device."""
+    if isinstance(values, Tensor):
+        return values.to(place)
+    return {name: _placed(value, place) for name, value in values.items()}

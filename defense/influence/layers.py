@@ -7,31 +7,55 @@ layer's inputs and `s` the gradients of its outputs (Grosse & Martens 2016, sect
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense.errors import UnsupportedLayerError
+from defense.influence.products import Workspace
+from defense.records import Coverage
 
 Layer = nn.Linear | nn.Conv2d
-Pair = tuple[Tensor, Tensor]
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def find_layers(model: nn.Module) -> dict[str, Layer]:
+def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
     """List the layers EK-FAC treats, by name.
 
+    Args:
+        model: The model.
+        exclude: Names of modules to leave out, with all they contain.
+
     Raises:
-        UnsupportedLayerError: There is none, or two of them share a weight.
+        UnsupportedLayerError: There is none, two of them share a weight, or a module holds
+            parameters that are neither those of a linear layer, a convolution or a
+            normalisation, nor excluded.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if any(name == left or name.startswith(f"{left}.") for left in exclude):
+            continue
+        if isinstance(module, Layer):
+            layers[name] = module
+        elif list(module.parameters(recurse=False)) and not isinstance(module, NORMALISATIONS):
+            raise UnsupportedLayerError(
+                f"the parameters of {name or 'the model'} ({type(module).__name__}) have no "
+                "EK-FAC factors: only Linear and Conv2d do; "
+                f"add '{name}' to factors.exclude to leave them out"
+            )
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise UnsupportedLayerError(
             f"expected a model with at least one Linear or Conv2d layer, got {', '.join(kinds)}"
         )
+    _require_own_weights(layers)
+    return layers
+
+
+def _require_own_weights(layers: dict[str, Layer]) -> None:
     uses = Counter(id(layer.weight) for layer in layers.values())
     tied = [name for name, layer in layers.items() if uses[id(layer.weight)] > 1]
     if tied:
@@ -39,46 +63,142 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             f"the layers {', '.join(tied)} share one weight, whose gradient is not the sum of "
             "one layer's outer products; give each its own weight"
         )
-    return layers
 
 
-def coverage(model: nn.Module, layers: dict[str, Layer]) -> float:
-    """Return the share of the model's parameters that the layers hold."""
-    inside = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False))
-    return inside / sum(p.numel() for p in model.parameters())
+def coverage(model: nn.Module, names: Iterable[str]) -> Coverage:
+    """Account for the parameters of a model, given the layers that are treated."""
+    treated, inside, left = set(names), 0, Counter[str]()
+    for name, module in model.named_modules():
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if name in treated:
+            inside += count
+        elif count:
+            left[type(module).__name__] += count
+    return Coverage(inside / (inside + sum(left.values())), dict(left))
 
 
-def activations(layer: Layer, x: Tensor) -> Tensor:
-    """Bring a layer's input to ``[n, g, t, i]``, with a last column of ones for a bias."""
-    if isinstance(layer, nn.Conv2d):
-        rows = _patches(layer, x)
-    else:
-        rows = x.reshape(x.shape[0], 1, -1, x.shape[-1])
-    return rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a layer's per-sample gradient ``[g, o, i]``.
+
+    Attributes:
+        groups: Blocks of a grouped convolution, else 1.
+        positions: Pixels or tokens that share the weights, `t`.
+        outputs: Outputs per group, `o`.
+        inputs: Inputs per group, `i`, counting the bias.
+    """
+
+    groups: int
+    positions: int
+    outputs: int
+    inputs: int
 
 
-def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Trace:
+    """What one layer saw of a batch of `n` samples.
+
+    Attributes:
+        layer: The layer.
+        x: Its input, ``[n, ...]``.
+        positions: Pixels or tokens of its output.
+        gradient: Gradient of the differentiated total with respect to its output,
+            ``[n, ...]``; empty after a forward pass alone.
+    """
+
+    layer: Layer
+    x: Tensor
+    positions: int
+    gradient: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.x)
+
+    def rows(self, part: slice) -> "Trace":
+        """Select some of the samples."""
+        return Trace(self.layer, self.x[part], self.positions, self.gradient[part])
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the per-sample gradient."""
+        layer = self.layer
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        inputs = layer.weight[0].numel() + (layer.bias is not None)
+        return Shape(groups, self.positions, layer.weight.shape[0] // groups, inputs)
+
+
+def activations(trace: Trace, dtype: torch.dtype, space: Workspace) -> Tensor:
+    """Bring a layer's input to ``[n, g, t, i]``, with a last column of ones for a bias.
+
+    The inputs of a convolution are ordered by kernel row, kernel column and channel, so that
+    they are copied in long runs from channels-last memory.
+
+    Args:
+        trace: The layer and its input.
+        dtype: Of the result.
+        space: Where the result may lie; it lasts until the next call.
+    """
+    layer, shape = trace.layer, trace.shape
+    windows = _windows(layer, trace.x) if isinstance(layer, nn.Conv2d) else _tokens(trace.x)
+    inner = shape.inputs - (layer.bias is not None)
+    full = (len(trace), shape.groups, shape.positions, shape.inputs)
+    if inner == windows.shape[-1] == shape.inputs and windows.dtype == dtype:
+        return windows.reshape(full)  # as it lies in memory
+    result = space.take("activations", full, dtype, trace.x.device)
+    kernel, place = windows.shape[4:], windows.shape[2:4]
+    result[..., :inner].unflatten(-1, kernel).unflatten(2, place).copy_(windows)
+    result[..., inner:] = 1
+    return result
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Bring the input of a linear layer to ``[n, 1, t, 1, i]``."""
+    return x.reshape(x.shape[0], 1, -1, 1, x.shape[-1])
+
+
+def _windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """View what a convolution's kernel sees: ``[n, g, h, w, kernel rows, columns, c]``."""
+    p = padded(layer, x).contiguous(memory_format=torch.channels_last)
+    (rows, columns), (down, right) = layer.kernel_size, layer.stride
+    n, channels, height, width = p.shape
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    places = (height - reach[0] - 1) // down + 1, (width - reach[1] - 1) // right + 1
+    sn, sc, sh, sw = p.stride()
+    each = channels // layer.groups
+    return p.as_strided(
+        (n, layer.groups, *places, rows, columns, each),
+        (sn, each * sc, sh * down, sw * right, sh * layer.dilation[0], sw * layer.dilation[1], sc),
+    )
+
+
+def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Pad the input as the convolution does."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    columns = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
-    return columns.unflatten(1, (layer.groups, -1)).transpose(2, 3)
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def output_gradients(layer: Layer, grad: Tensor) -> Tensor:
+def output_gradients(trace: Trace, dtype: torch.dtype) -> Tensor:
     """Bring the gradient of a layer's output to ``[n, g, t, o]``."""
-    if isinstance(layer, nn.Conv2d):
-        return grad.flatten(2).unflatten(1, (layer.groups, -1)).transpose(2, 3)
-    return grad.reshape(grad.shape[0], 1, -1, grad.shape[-1])
+    grad, shape = trace.gradient, trace.shape
+    if isinstance(trace.layer, nn.Conv2d):
+        grad = grad.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    full = (len(trace), shape.positions, shape.groups, shape.outputs)
+    return grad.reshape(full).transpose(1, 2).to(dtype)
 
 
-def per_sample_gradient(a: Tensor, s: Tensor) -> Tensor:
+def per_sample_gradient(trace: Trace) -> Tensor:
     """Contract activations and output gradients over positions: ``[n, g, o, i]``."""
+    dtype = trace.x.dtype
+    a, s = activations(trace, dtype, Workspace()), output_gradients(trace, dtype)
     return s.transpose(2, 3) @ a
 
 
 def flat_gradient(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Bring a layer's parameters, or their gradients, to ``[g, o, i]`` as above."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if isinstance(layer, nn.Conv2d):
+        weight = weight.permute(0, 2, 3, 1)
     matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
     if bias is None:
         return matrix
@@ -86,67 +206,73 @@ def flat_gradient(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Tape:
-    """Inputs and outputs of the layers during the latest forward pass."""
+    """Inputs of the layers during the latest forward pass, and gradients of their outputs."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
-        """Watch `layers`; use `record` to attach it."""
+        """Watch `layers`, on which the hooks are to be registered."""
         self.layers = layers
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the latest forward pass."""
+        self.seen: dict[str, Trace] = {}
+        self.roots: list[Tensor] = []
+        self.gradients: dict[str, Tensor] = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """Return the forward hook of one layer."""
+        return lambda module, inputs, output: self.keep(name, inputs[0], output)
 
     def keep(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         """Note one call of a layer; returns the output for the layers after it."""
-        if name in self.inputs:
+        if name in self.seen:
             raise UnsupportedLayerError(
                 f"layer {name} runs more than once per forward pass; "
                 "per-sample gradients of recurrent layers are not supported"
             )
+        layer = self.layers[name]
+        positions = output.numel() // (len(output) * layer.weight.shape[0])
+        self.seen[name] = Trace(layer, x.detach(), positions, output.new_empty(0))
+        if not torch.is_grad_enabled():
+            return output
         if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        self.inputs[name], self.outputs[name] = x.detach(), output
-        return output.clone()  # an in-place activation after the layer must not touch ours
+            self.roots.append(output.detach().requires_grad_())
+            output = self.roots[-1].clone()  # a leaf would refuse an activation in place
+        gradients = self.gradients
 
-    def forget(self) -> None:
-        """Drop the latest forward pass."""
-        self.inputs, self.outputs = {}, {}
+        def note(gradient: Tensor) -> None:
+            gradients[name] = gradient
 
-    def pairs(self, total: Tensor, num_samples: int) -> Iterator[tuple[str, Pair]]:
-        """Yield activations and output gradients of every layer that ran, and forget them.
+        output.register_hook(note)  # sees the output before any activation in place
+        return output
+
+    def traces(
+        self, outputs: Tensor, cotangents: Tensor | None = None
+    ) -> Iterator[tuple[str, Trace]]:
+        """Yield what every layer that ran saw, and forget the pass.
 
         Args:
-            total: Sum over samples of the value to differentiate; sample n must depend on
-                input n alone, which holds in eval mode.
-            num_samples: Samples of the batch.
+            outputs: The model's outputs, ``[n, k]``; sample n must depend on input n alone,
+                which holds in eval mode.
+            cotangents: Gradient of the value of interest with respect to them, ``[n, k]``;
+                without it the traces have no gradients.
 
         Raises:
             UnsupportedLayerError: A layer's input does not have one entry per sample in front.
         """
-        outputs = list(self.outputs.values())
-        grads = torch.autograd.grad(total, outputs, allow_unused=True)
-        inputs = self.inputs
+        if cotangents is not None and self.roots:
+            torch.autograd.grad(outputs, self.roots, cotangents, allow_unused=True)
+        seen, gradients = self.seen, self.gradients
         self.forget()
-        for (name, x), output, grad in zip(inputs.items(), outputs, grads, strict=True):
-            layer = self.layers[name]
-            if len(x) != num_samples:
+        for name in list(seen):
+            trace = seen.pop(name)
+            if len(trace) != len(outputs):
                 raise UnsupportedLayerError(
-                    f"layer {name} gets an input {list(x.shape)} for {num_samples} samples, "
-                    "expected the samples in front: keep tokens in a dimension of their own"
+                    f"layer {name} gets an input {list(trace.x.shape)} for {len(outputs)} "
+                    "samples, expected the samples in front: keep tokens in a dimension of "
+                    "their own"
                 )
-            grad = torch.zeros_like(output) if grad is None else grad
-            yield name, (activations(layer, x), output_gradients(layer, grad))
-
-
-@contextmanager
-def record(layers: dict[str, Layer]) -> Iterator[Tape]:
-    """Attach a tape to layers; the model's parameters should be frozen meanwhile."""
-    tape = Tape(layers)
-
-    def hook_for(name: str):  # type: ignore[no-untyped-def]
-        return lambda module, inputs, output: tape.keep(name, inputs[0], output)
-
-    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
-    try:
-        yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
+            if cotangents is None:
+                yield name, trace
+            elif name in gradients:
+                yield name, replace(trace, gradient=gradients.pop(name))

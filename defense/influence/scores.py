@@ -1,31 +1,84 @@
 """Pairwise influence of training rows on queries (Koh & Liang 2017, with EK-FAC curvature)."""
 
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from defense.checkpoints import Checkpoint, fingerprint, source_digest
 from defense.compute import batches
 from defense.errors import ArtifactError
-from defense.influence.factors import precondition
-from defense.influence.layers import Tape, find_layers, per_sample_gradient, record
-from defense.influence.task import CLASSIFICATION, Task
+from defense.influence.contraction import balanced
+from defense.influence.forecast import Memory, forecast_scores
+from defense.influence.metric import Metric, QuerySide
+from defense.influence.network import Network
+from defense.influence.products import heavy_dtype
+from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
-from defense.records import Factors, ImageSet, LayerFactors, Queries
-from defense.training import frozen
+from defense.records import Factors, ImageSet, Queries
+
+logger = logging.getLogger(__name__)
+
+Reals = NDArray[np.floating[Any]]  # float32; float64 if the model is
 
 
 class ScoreSettings(Method):
-    """How scores are computed.
+    """How scores are computed; their precision is that of the factors' tier.
 
     Attributes:
-        batch_size: Rows per step; bounds the memory, does not change the result.
-        damping: Relative to each layer's mean Lambda.
+        batch_size: Rows per step at most; bounds the memory, does not change the result.
+        damping: Relative to each layer's mean Lambda (Grosse et al. 2023 use 0.1).
+        memory_limit: GiB the process may take; smaller batches and several passes over the
+            rows keep to it. None for no limit.
     """
 
     batch_size: int = Field(64, gt=0)
     damping: float = Field(0.1, gt=0)
+    memory_limit: float | None = Field(None, gt=0)
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influence of `n` training rows on `q` queries at `d` dampings, and norms in its metric.
+
+    Attributes:
+        margin: ``[d, q, n]``; ``grad measure(q)^T H^-1 grad measure(n)``.
+        loss_scale: ``[n]``; ``grad loss = -loss_scale * grad measure`` of every row.
+        self_influence: ``[d, n]``; the same of a row with itself; NaN unless asked.
+        query_norm: ``[d, q]``; the same of the queries.
+    """
+
+    margin: Reals
+    loss_scale: Reals
+    self_influence: Reals
+    query_norm: Reals
+
+    def loss(self) -> Reals:
+        """Return the influence of the rows' losses: ``[d, q, n]``.
+
+        It is ``-grad measure(q)^T H^-1 grad loss(n)``, positive if training on row n raises
+        the measurement of query q.
+        """
+        return self.margin * self.loss_scale
+
+    def relative(self) -> Reals:
+        """Influence over the root of the row's own (RelatIF, Barshan et al. 2020).
+
+        Of margin gradients; of loss gradients it is the same wherever ``loss_scale`` has not
+        underflowed.
+        """
+        return self.margin / np.sqrt(self.self_influence)[:, None]
+
+    def cosine(self) -> Reals:
+        """Cosine of query and row in the metric of ``H^-1``: ``[d, q, n]`` in [-1, 1]."""
+        return self.relative() / np.sqrt(self.query_norm)[:, :, None]
 
 
 def pairwise_scores(
@@ -35,7 +88,9 @@ def pairwise_scores(
     images: ImageSet,
     settings: ScoreSettings,
     task: Task = CLASSIFICATION,
-) -> NDArray[np.float32]:
+    *,
+    scratch: Path | None = None,
+) -> Reals:
     """Score every training row against every query in one pass over the training set.
 
     ``score[q, n] = -grad measure(q)^T H^-1 grad loss(n)``: positive if training on row n
@@ -47,60 +102,181 @@ def pairwise_scores(
         factors: EK-FAC factors.
         queries: Images and the labels whose margins are differentiated.
         images: The training set.
-        settings: Damping and batch size.
+        settings: Damping, batch size and memory.
         task: Loss of the rows and measurement of the queries.
+        scratch: See `compute_influence`.
 
     Returns:
         float32 ``[q, n]``.
 
     Raises:
         ArtifactError: The factors belong to another model.
+        DefenseError: The memory limit is too small.
     """
-    known = find_layers(model)
-    missing = factors.layers.keys() - known.keys()
+    influence = compute_influence(model, factors, queries, images, settings, task, scratch=scratch)
+    return influence.loss()[0]
+
+
+def compute_influence(
+    model: nn.Module,
+    factors: Factors,
+    queries: Queries,
+    images: ImageSet,
+    settings: ScoreSettings,
+    task: Task = CLASSIFICATION,
+    *,
+    dampings: tuple[float, ...] = (),
+    self_influence: bool = False,
+    scratch: Path | None = None,
+) -> Influence:
+    """Compute margin- and loss-influence at several dampings in one pass.
+
+    Args:
+        model: The model the factors were fitted on; it stays as it is.
+        factors: EK-FAC factors.
+        queries: Images and the labels whose measure is differentiated; equal ones are
+            computed once.
+        images: The rows to score; ``images.where(mask)`` costs only those rows.
+        settings: Damping, batch size and memory.
+        task: Measure and loss.
+        dampings: Instead of the one in `settings`; all in one pass.
+        self_influence: Whether the rows' own norms are computed too, at the cost of rotating
+            every row's gradient.
+        scratch: Folder for the checkpoint that makes a killed computation resumable.
+
+    Raises:
+        ArtifactError: The factors belong to another model.
+        DefenseError: The memory limit is too small.
+    """
+    network = Network(model, factors.excluded)
+    _require_same_layers(factors, network)
+    used = dampings or (settings.damping,)
+    metric = Metric(factors, used, network.place, network.dtype, self_influence)
+    unique, back = _distinct(queries)
+    fast = factors.tier == "fast"
+    size = 2 if fast and heavy_dtype(network.place) == torch.bfloat16 else network.dtype.itemsize
+    memory = Memory(settings.batch_size, settings.memory_limit)
+    forecast = forecast_scores(network, images, len(unique) * len(used), size, memory)
+    logger.info("%s", forecast)
+    scorer = _Scorer(network, metric, task, images, forecast.batch_size)
+    scorer.key = [
+        fingerprint(model, images),
+        _digest(factors, queries),
+        f"{used} {self_influence} {forecast.batch_size} {type(task).__qualname__}".encode(),
+        source_digest(Path(__file__).parent),
+    ]
+    asked = queries.images[unique], queries.labels[unique]
+    margin, norms = scorer.run(*asked, forecast.num_passes, scratch)
+    return Influence(margin[:, back], scorer.scale, scorer.own, norms[:, back])
+
+
+def _require_same_layers(factors: Factors, network: Network) -> None:
+    missing = factors.layers.keys() - network.layers.keys()
     if missing:
         raise ArtifactError(
             f"the factors describe layers the model does not have: {', '.join(sorted(missing))}; "
             "run: dvc repro factors"
         )
-    layers = {name: known[name] for name in factors.layers}
-    with frozen(model), record(layers) as tape:
-        scorer = _Scorer(model, tape, settings, task)
-        return scorer.train_side(scorer.query_side(factors, queries), images)
+
+
+def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
+    """Find one query of every (image, label), and which of them each query equals."""
+    seen: dict[tuple[bytes, int], int] = {}
+    first: list[int] = []
+    back: list[int] = []
+    for number, (image, label) in enumerate(zip(queries.images, queries.labels, strict=True)):
+        key = image.numpy().tobytes(), int(label)
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(number)
+        back.append(seen[key])
+    return torch.tensor(first), np.array(back)
+
+
+def _digest(factors: Factors, queries: Queries) -> bytes:
+    digest = hashlib.sha256(f"{factors.tier} {list(factors.layers)}".encode())
+    for layer in factors.layers.values():
+        for part in vars(layer).values():
+            digest.update(part.numpy().tobytes())
+    digest.update(queries.images.numpy().tobytes() + queries.labels.numpy().tobytes())
+    return digest.digest()
 
 
 class _Scorer:
-    """Both sides of the score, with what they share."""
+    """The passes over the rows, with what they share."""
 
-    def __init__(self, model: nn.Module, tape: Tape, settings: ScoreSettings, task: Task) -> None:
-        self.model, self.tape, self.settings, self.task = model, tape, settings, task
-        self.place = next(model.parameters()).device
+    def __init__(
+        self, network: Network, metric: Metric, task: Task, images: ImageSet, batch_size: int
+    ) -> None:
+        self.network, self.metric, self.task = network, metric, task
+        self.images, self.batch_size = images, batch_size
+        self.key: list[bytes] = []
+        kind = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
+        self.scale: Reals = np.zeros(len(images), dtype=kind)
+        self.own: Reals = np.full((len(metric.dampings), len(images)), np.nan, dtype=kind)
 
-    def query_side(self, factors: Factors, queries: Queries) -> dict[str, Tensor]:
-        """Preconditioned gradients of the negative measurement, ``[q, g*o*i]``, by layer."""
-        placed = {
-            name: LayerFactors(*(part.to(self.place) for part in vars(layer).values()))
-            for name, layer in factors.layers.items()
-        }
-        parts: dict[str, list[Tensor]] = {name: [] for name in placed}
-        damping = self.settings.damping
-        for rows in batches(len(queries.labels), self.settings.batch_size, label="queries"):
-            outputs = self.model(queries.images[rows].to(self.place)).float()
-            total = -self.task.measure(outputs, queries.labels[rows].to(self.place)).sum()
-            for name, pair in self.tape.pairs(total, len(rows)):
-                gradient = precondition(per_sample_gradient(*pair), placed[name], damping)
-                parts[name].append(gradient.flatten(1))
-        return {name: torch.cat(gradients) for name, gradients in parts.items()}
+    def run(
+        self, images: Tensor, labels: Tensor, num_passes: int, scratch: Path | None
+    ) -> tuple[Reals, Reals]:
+        """Score all queries, in groups if they do not fit: ``[d, q, n]`` and ``[d, q]``."""
+        count, dampings = len(labels), len(self.metric.dampings)
+        shape = dampings, count, len(self.images)
+        checkpoint = Checkpoint.at(scratch, *self.key)
+        margin, state = checkpoint.array(shape, self.scale.dtype), checkpoint.load()
+        if state is None:
+            state = {"pass": 0, "row": 0}
+        else:
+            self.scale, self.own = state["scale"].numpy(), state["own"].numpy()
+        norms = np.empty((dampings, count), dtype=self.scale.dtype)
+        for number, group in enumerate(balanced(count, -(-count // num_passes))):
+            side = self.query_side(images[group], labels[group])
+            norms[:, group] = side.norms.cpu().numpy()
+            if number >= state["pass"]:
+                first = state["row"] if number == state["pass"] else 0
+                self.rows_side(margin[:, group], side, first, number, checkpoint)
+        checkpoint.remove()
+        return margin, norms
 
-    def train_side(self, sides: dict[str, Tensor], images: ImageSet) -> NDArray[np.float32]:
-        """Contract the loss gradient of every row with all query sides: ``[q, n]``."""
-        count = len(next(iter(sides.values())))
-        scores = np.empty((count, len(images)), dtype=np.float32)
-        for rows in batches(len(images), self.settings.batch_size, label="scores"):
-            outputs = self.model(images.images(rows).to(self.place)).float()
-            loss = self.task.loss(outputs, images.targets(rows).to(self.place)).sum()
-            block = torch.zeros(count, len(rows), device=self.place)
-            for name, pair in self.tape.pairs(loss, len(rows)):
-                block += sides[name] @ per_sample_gradient(*pair).flatten(1).T
-            scores[:, rows] = block.cpu().numpy()
-        return scores
+    def query_side(self, images: Tensor, labels: Tensor) -> QuerySide:
+        """Precondition the measure gradients of some queries."""
+        side = QuerySide(self.metric, len(labels), self.batch_size)
+        for rows in batches(len(labels), self.batch_size, label="queries"):
+            outputs = self.network.outputs(images[rows])
+            wanted = labels[rows].to(self.network.place)
+            cotangent = cotangents(self.task.measure, outputs, wanted)
+            for name, trace in self.network.traces(outputs, cotangent):
+                if name in self.metric.layers:
+                    side.put(name, trace, int(rows[0]))
+        return side
+
+    def rows_side(
+        self,
+        margin: Any,
+        side: QuerySide,
+        first: int,
+        number: int,
+        checkpoint: Checkpoint,
+    ) -> None:
+        """Contract the measure gradients of the rows with a group of queries."""
+        norms_wanted = self.metric.keep and number == 0
+        for rows in batches(len(self.images), self.batch_size, label="scores", first=first):
+            outputs, targets = self.network.rows(self.images, rows)
+            self.scale[rows] = self.task.loss_scale(outputs.detach(), targets).cpu().numpy()
+            block = torch.zeros(len(side), len(rows), dtype=self.network.dtype).to(outputs.device)
+            norms = block.new_zeros(len(self.metric.dampings), len(rows))
+            cotangent = cotangents(self.task.measure, outputs, targets)
+            for name, trace in self.network.traces(outputs, cotangent):
+                if name in self.metric.layers:
+                    side.contract(block, name, trace)
+                    if norms_wanted:
+                        self.metric.add_norms(norms, name, trace)
+            margin[:, :, rows] = block.view(*margin.shape[:2], -1).cpu().numpy()
+            if norms_wanted:
+                self.own[:, rows] = norms.cpu().numpy()
+            self._save(checkpoint, margin, number, int(rows[-1]) + 1)
+
+    def _save(self, checkpoint: Checkpoint, margin: Any, number: int, row: int) -> None:
+        if checkpoint.due():
+            margin.flush()
+            parts = {"scale": torch.from_numpy(self.scale), "own": torch.from_numpy(self.own)}
+            checkpoint.save({"pass": number, "row": row, **parts})

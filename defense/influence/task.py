@@ -1,6 +1,7 @@
 """What a model is trained for: its loss, its distribution of labels, and what is measured."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Task(ABC):
-    """The three functions influence needs; all of them treat every sample on its own."""
+    """What influence needs to know; every function treats each sample on its own."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -24,6 +25,14 @@ class Task(ABC):
     @abstractmethod
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Measure how much every sample's output speaks for a target, ``[n]``."""
+
+    @abstractmethod
+    def loss_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the factors f ``[n]`` with ``grad loss = -f grad measure``.
+
+        Loss and measure must have parallel gradients, so that both kinds of score follow from
+        one backward pass.
+        """
 
 
 class Classification(Task):
@@ -44,6 +53,20 @@ class Classification(Task):
         index = targets[:, None]
         chosen = outputs.gather(1, index).squeeze(1)
         return chosen - outputs.scatter(1, index, -torch.inf).logsumexp(1)
+
+    def loss_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Task.loss_scale`: the probability of all other labels, without cancellation."""
+        return torch.sigmoid(-self.measure(outputs, targets))
+
+
+def cotangents(
+    function: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Differentiate a value of every sample with respect to its outputs: ``[n, k]``."""
+    with torch.enable_grad():
+        free = outputs.detach().requires_grad_()
+        (result,) = torch.autograd.grad(function(free, targets).sum(), free)
+    return result
 
 
 CLASSIFICATION = Classification()

@@ -8,6 +8,7 @@ from defense.artifacts import Manifest, require_input, write_bytes, write_json, 
 from defense.audit import Exhibits, audit, evidence, flags_csv
 from defense.html import render
 from defense.pictures import draw
+from defense.records import Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
 from pipelines import paths
@@ -41,7 +42,7 @@ class Shelf:
 def run(params: Params) -> str:
     """Write the report as JSON and HTML, the pictures and the list of flagged rows."""
     shelf = Shelf()
-    exhibits = collect(params, shelf)
+    exhibits, factors = collect(params, shelf)
     costs = {
         name: shelf.manifests[artifact][1].meta["gradient_samples"]
         for name, artifact in (("train", "suspect"), ("remediate", "remediated"))
@@ -49,6 +50,7 @@ def run(params: Params) -> str:
     report = audit(
         exhibits,
         params.audit,
+        curvature=str(factors),
         methods=params.model_dump(mode="json", exclude=OTHER_SECTIONS),
         gradient_samples=costs,
         artifacts=evidence(shelf.manifests),
@@ -57,7 +59,7 @@ def run(params: Params) -> str:
     return summary(report)
 
 
-def collect(params: Params, shelf: Shelf) -> Exhibits:
+def collect(params: Params, shelf: Shelf) -> tuple[Exhibits, Factors]:
     """Open everything the audit looks at, in the order it was made."""
     shelf.take(paths.CLEAN_TRAIN, load_images)
     test = shelf.take(paths.TEST, load_images)
@@ -66,11 +68,12 @@ def collect(params: Params, shelf: Shelf) -> Exhibits:
     truth = shelf.take(paths.TRUTH, load_truth)
     before = shelf.take(paths.SUSPECT, lambda path: load_model(path, params, train))
     affected = shelf.take(paths.AFFECTED, load_images)
-    shelf.take(paths.FACTORS, load_factors)
+    factors = shelf.take(paths.FACTORS, load_factors)
     shelf.take(paths.SCORES, load_scores)
     flags = shelf.take(paths.FLAGS, load_flags)
     after = shelf.take(paths.REMEDIATED, lambda path: load_model(path, params, train))
-    return Exhibits(train, test, probe, truth, affected, flags, before, after)
+    exhibits = Exhibits(train, test, probe, truth, affected, flags, before, after)
+    return exhibits, factors
 
 
 def publish(report: AuditReport, exhibits: Exhibits) -> None:

@@ -14,9 +14,14 @@ def run(params: Params) -> str:
     train, manifest = load_images(paths.POISONED_TRAIN)
     model, suspect = load_model(paths.SUSPECT, params, train)
     require_input(suspect, "poisoned_train", manifest.digest, owner=paths.SUSPECT)
-    factors = fit_factors(model, train, params.factors, seeded(params.seed, "fisher"))
+    generator = seeded(params.seed, "fisher")
+    factors = fit_factors(model, train, params.factors, generator, scratch=paths.SCRATCH)
     origin = {"suspect": suspect.digest, "poisoned_train": manifest.digest}
     save_factors(paths.FACTORS, factors, inputs=origin)
-    summary = {"coverage": factors.coverage, "num_layers": len(factors.layers)}
+    summary = {
+        "coverage": factors.coverage.share,
+        "num_differentiated": factors.num_differentiated,
+        "num_layers": len(factors.layers),
+    }
     write_json(paths.METRICS / "factors.json", summary)
-    return f"{len(factors.layers)} layers hold {factors.coverage:.1%} of the parameters"
+    return str(factors)

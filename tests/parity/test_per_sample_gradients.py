@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense.errors import UnsupportedLayerError
-from defense.influence.layers import find_layers, flat_gradient, per_sample_gradient, record
-from defense.training import frozen
+from defense.influence.layers import coverage, find_layers, flat_gradient, per_sample_gradient
+from defense.influence.network import Network
+from defense.influence.task import CLASSIFICATION, cotangents
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(4, 6, 3, bias=False),
@@ -28,10 +29,10 @@ LAYERS = {
 
 
 def gradients_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
-    layers = find_layers(model)
-    with frozen(model), record(layers) as tape:
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
-        return {name: per_sample_gradient(*pair) for name, pair in tape.pairs(loss, len(images))}
+    network = Network(model)
+    outputs = network.outputs(images)
+    slope = cotangents(CLASSIFICATION.loss, outputs, labels)
+    return {name: per_sample_gradient(trace) for name, trace in network.traces(outputs, slope)}
 
 
 def loop_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
@@ -98,6 +99,20 @@ def test_refuses_tied_weights() -> None:
     second.weight = first.weight
     with pytest.raises(UnsupportedLayerError, match="share one weight"):
         find_layers(nn.Sequential(first, second))
+
+
+def test_refuses_other_parameters_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    with pytest.raises(UnsupportedLayerError, match=r"parameters of 1 \(LSTM\).*factors.exclude"):
+        find_layers(model)
+    assert list(find_layers(model, ("1",))) == ["0"]
+
+
+def test_normalisations_are_left_out_and_counted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    covered = coverage(model, find_layers(model))
+    assert covered.share == pytest.approx(122 / 130)
+    assert str(covered) == "93.85% of the parameters; left out: BatchNorm2d (8)"
 
 
 class Merged(nn.Module):

@@ -13,6 +13,7 @@ FLOORS = (
     {"defense.errors", "defense.method"},
     {"defense.artifacts", "defense.recipe", "defense.report"},
     {"defense.records", "defense.compute"},
+    {"defense.checkpoints"},
     {"defense.storage", "defense.training", "defense.gate", "defense.lineage", "defense.metrics"},
     {"defense.contracts"},
     {

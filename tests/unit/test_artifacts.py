@@ -10,7 +10,7 @@ from torch import nn
 
 from defense.artifacts import open_artifact, require_input, write_artifact, write_text
 from defense.errors import ArtifactError
-from defense.records import Factors, Flags, LayerFactors, Queries, Split, Truth
+from defense.records import Coverage, Factors, Flags, LayerFactors, Queries, Split, Truth
 from defense.storage import (
     load_factors,
     load_flags,
@@ -35,7 +35,15 @@ def network(width: int = 3) -> nn.Module:
 def example_factors() -> Factors:
     generator = torch.Generator().manual_seed(0)
     layer = LayerFactors(*(torch.rand(1, 3, 3, generator=generator) for _ in range(3)))
-    return Factors({"first": layer, "second.0": layer}, 7, 0.5)
+    return Factors(
+        {"first": layer, "second.0": layer},
+        7,
+        Coverage(0.5, {"LSTM": 9}),
+        "fast",
+        5,
+        1e-3,
+        ("third",),
+    )
 
 
 def example_queries() -> Queries:

@@ -42,6 +42,7 @@ def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) 
         num_train=10,
         num_flagged=2,
         emptied_classes=[],
+        curvature="fast tier",
         affected=[],
         methods={},
         gradient_samples={"train": 1, "remediate": 1},

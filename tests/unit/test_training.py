@@ -47,7 +47,7 @@ class Killed(BaseException):
 def test_a_killed_training_resumes_to_the_same_bytes(
     precision: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("defense.training.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
     recipe = RECIPE.model_copy(update={"precision": precision})
 
     def run(scratch: Path | None):
@@ -77,8 +77,8 @@ def test_a_killed_training_resumes_to_the_same_bytes(
 def test_a_damaged_checkpoint_is_not_used(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("defense.training.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("defense.training.Checkpoint.remove", lambda self: None)
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("defense.checkpoints.Checkpoint.remove", lambda self: None)
     order = seeded(0, "order")
     first = train(model_for(split), split.train, RECIPE, order, scratch=tmp_path)
     file = next(tmp_path.glob("*.pt"))

@@ -1,0 +1,99 @@
+"""Checkpoints of long computations, named by a digest of everything that determines them."""
+
+import hashlib
+import math
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from defense.records import ImageSet
+
+CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one step
+
+
+@dataclass
+class Checkpoint:
+    """Where an unfinished computation lies: a file keyed by everything that determines it."""
+
+    path: Path | None
+    saved: float = 0.0
+
+    @classmethod
+    def at(cls, scratch: Path | None, *parts: bytes) -> "Checkpoint":
+        """Name the checkpoint of one computation; without a scratch folder nothing is kept."""
+        key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+        return cls(scratch / f"{key}.pt" if scratch else None, time.monotonic())
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the saved state; a damaged file is deleted with a warning."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            return dict(torch.load(self.path, weights_only=True))
+        except Exception as error:  # torch.load raises many kinds on damaged files
+            warnings.warn(f"{self.path} is damaged, starting again ({error})", stacklevel=2)
+            self.path.unlink()
+            return None
+
+    def due(self) -> bool:
+        """Tell whether the last save is long enough ago."""
+        return self.path is not None and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the state if it is time to."""
+        if self.path is None or not self.due():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+        self.saved = time.monotonic()
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Map an array that grows on disk beside the state, or in an unnamed temporary file.
+
+        What a killed computation wrote is still there if `load` returns its state.
+        """
+        if self.path is None:
+            with tempfile.TemporaryFile() as file:
+                return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+        file_path = self.path.with_suffix(".array")
+        file_path.parent.mkdir(parents=True, exist_ok=True)
+        size = math.prod(shape) * dtype.itemsize
+        if not file_path.is_file() or file_path.stat().st_size != size:
+            self.path.unlink(missing_ok=True)  # a state without its array is worth nothing
+            return np.memmap(file_path, dtype=dtype, mode="w+", shape=shape)
+        return np.memmap(file_path, dtype=dtype, mode="r+", shape=shape)
+
+    def remove(self) -> None:
+        """Delete the files when the computation is finished; mapped arrays stay readable."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.path.with_suffix(".array").unlink(missing_ok=True)
+
+
+def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
+    """Digest a model's structure and weights, and every pixel and label of a set."""
+    digest = hashlib.sha256(f"{model}".encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(images.labels.tobytes())
+    for rows in np.array_split(np.arange(len(images)), len(images) // 4096 + 1):
+        digest.update(images.uint8(rows).tobytes())
+    return digest.digest()
+
+
+def source_digest(package: Path) -> bytes:
+    """Digest the source of a package: a result of other code is not continued."""
+    digest = hashlib.sha256()
+    for file in sorted(package.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.digest()

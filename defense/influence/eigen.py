@@ -1,0 +1,72 @@
+"""The symmetric eigenproblem, checked."""
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from defense.errors import NumericalError
+
+SINGLE_FROM = 1024  # width from which float32 is tried first
+ORTHOGONAL = 1e-4  # how far V^T V may take a unit vector
+PROBES = 8  # random vectors that is tried on
+
+
+def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
+    """Return the eigenvectors of covariances, in columns.
+
+    EK-FAC holds in any orthonormal basis, so what matters is that the basis is orthonormal.
+    Wide matrices are therefore solved in float32, twice as fast, and again in float64 if the
+    result is not orthonormal. In float64 numpy's LAPACK does the work on the CPU: its 64-bit
+    integers have no limit on the workspace of wide matrices.
+
+    Args:
+        name: The layer, for errors.
+        side: ``activation`` or ``gradient``, for errors.
+        matrix: ``[g, d, d]``; symmetrised here.
+
+    Returns:
+        float32 ``[g, d, d]`` on the device of `matrix`; float64 if `matrix` is.
+
+    Raises:
+        NumericalError: The matrix is not finite, or has no decomposition.
+    """
+    if not matrix.isfinite().all():
+        raise NumericalError(
+            f"the {side} covariance of layer {name} is not finite; "
+            "the model's weights or activations overflow: train it again"
+        )
+    kept = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
+    parts = [_solve(name, side, (part + part.T) / 2) for part in matrix]
+    return torch.stack(parts).to(kept)
+
+
+def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
+    try:
+        if matrix.dtype == torch.float32 and len(matrix) >= SINGLE_FROM:
+            vectors = _decompose(matrix)
+            if _departure(vectors) < ORTHOGONAL:
+                return vectors
+        return _decompose(matrix.double())
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+        raise NumericalError(
+            f"the eigendecomposition of the {side} covariance of layer {name} failed ({error}); "
+            "fit the factors on more rows"
+        ) from error
+
+
+def _decompose(matrix: Tensor) -> Tensor:
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(matrix).eigenvectors
+    if matrix.dtype == torch.float64:
+        return torch.from_numpy(np.linalg.eigh(matrix.numpy()).eigenvectors)
+    return torch.from_numpy(scipy.linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)[1])
+
+
+def _departure(vectors: Tensor) -> float:
+    """Measure how far ``V^T V`` takes random unit vectors; NaN counts as infinite."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(len(vectors), PROBES, generator=generator).to(vectors)
+    probes /= probes.norm(dim=0)
+    change = vectors.T @ (vectors @ probes) - probes
+    return float(change.norm(dim=0).max().nan_to_num(torch.inf))

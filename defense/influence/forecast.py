@@ -1,0 +1,231 @@
+"""What a computation will take, told before it starts: orders of products, time and memory."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.errors import DefenseError
+from defense.influence.contraction import GROUP, TILE, cheapest, cheapest_squares
+from defense.influence.layers import Shape, Trace
+from defense.influence.network import Network
+from defense.influence.products import product
+from defense.records import ImageSet, Tier
+
+GIB = 2**30
+SAMPLE_ROWS = 4  # rows a forecast is measured on
+SLACK = 1.25  # allowance for what allocators keep beyond what is in use
+LEAST_BATCH = 8  # rows below which more passes over the data are better than smaller batches
+PROBE = 1024  # width of the product whose rate is measured
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What may be used.
+
+    Attributes:
+        batch_size: Rows per step, unless the limit asks for fewer.
+        limit: GiB the whole process may take; None for no limit.
+    """
+
+    batch_size: int
+    limit: float | None
+
+    def batch(self, fixed: float, per_row: float) -> int:
+        """Find the largest power of two that fits, at most the wanted size; 0 if none does.
+
+        Args:
+            fixed: Bytes needed whatever the batch size.
+            per_row: Bytes needed for each row of a batch.
+        """
+        if self.limit is None:
+            return self.batch_size
+        rows = int((self.limit * GIB - resident() - SLACK * fixed) / (SLACK * per_row))
+        return min(self.batch_size, 2 ** (rows.bit_length() - 1)) if rows > 0 else 0
+
+    def refuse(self, fixed: float, per_row: float) -> DefenseError:
+        """Say what the least memory would be."""
+        needed = (resident() + SLACK * (fixed + per_row)) / GIB
+        return DefenseError(
+            f"memory_limit is {self.limit or 0:g} GiB, but at least {needed:.2f} GiB are needed: "
+            "raise it, or exclude the widest layers"
+        )
+
+
+def resident() -> float:
+    """Bytes of memory this process holds now; its peak where the system does not say."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a few rows tell about a network.
+
+    Attributes:
+        shapes: Sizes of every layer's per-sample gradient, by name.
+        row_bytes: Memory one row of a batch takes, forward and backward.
+        row_seconds: Time one row takes, forward and backward.
+        macs_per_second: Rate of large products.
+    """
+
+    shapes: dict[str, Shape]
+    row_bytes: float
+    row_seconds: float
+    macs_per_second: float
+
+
+def survey(network: Network, images: ImageSet) -> Survey:
+    """Run a few rows forward and backward, watching memory and time."""
+    rows = np.arange(min(SAMPLE_ROWS, len(images)))
+    kept: dict[int, int] = {}
+
+    def watch(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    begin = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(watch, lambda value: value):
+        outputs, _ = network.rows(images, rows)
+    traces = dict(network.traces(outputs, torch.ones_like(outputs)))
+    seconds = time.perf_counter() - begin
+    weights = sum(p.numel() * p.element_size() for p in network.model.parameters())
+    seen = sum(_bytes(trace) for trace in traces.values())
+    size = max(sum(kept.values()) - weights, 0) + seen
+    shapes = {name: trace.shape for name, trace in traces.items()}
+    return Survey(shapes, size / len(rows), seconds / len(rows), _rate(network))
+
+
+def _bytes(trace: Trace) -> int:
+    """Memory of what a layer saw, and of the largest copy of it."""
+    return 3 * trace.x.numel() * trace.x.element_size() + 2 * trace.gradient.numel() * 4
+
+
+def _rate(network: Network) -> float:
+    matrix = torch.ones(PROBE, PROBE, device=network.place)
+    product(matrix, matrix)
+    begin = time.perf_counter()
+    float(product(matrix, matrix)[0, 0])
+    return PROBE**3 / (time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a computation will take.
+
+    Attributes:
+        what: Its name.
+        orders: Order of products of every layer, by name, with sizes and cost.
+        batch_size: Rows per step.
+        num_passes: Passes over the rows.
+        seconds: Estimated time.
+        gib: Estimated peak memory of the process.
+    """
+
+    what: str
+    orders: Mapping[str, str]
+    batch_size: int
+    num_passes: int
+    seconds: float
+    gib: float
+
+    def __str__(self) -> str:
+        """Say it, one line per layer and one for the whole."""
+        width = max(map(len, self.orders))
+        lines = [f"  {name:{width}}  {order}" for name, order in self.orders.items()]
+        minutes = f"{self.seconds / 60:.1f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        whole = (
+            f"{self.what}: about {minutes} and {self.gib:.1f} GiB in {self.num_passes} passes "
+            f"with batches of {self.batch_size}"
+        )
+        return "\n".join([whole, *lines])
+
+
+def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Memory) -> Forecast:
+    """Forecast the fit of the factors.
+
+    The estimate of time is for all rows; ``fast`` usually needs the gradients of few.
+
+    Raises:
+        DefenseError: The memory limit is too small.
+    """
+    known = survey(network, images)
+    fixed, macs, orders = 4.0 * (GROUP + 3 * TILE), 0.0, {}
+    for name, shape in known.shapes.items():
+        order = cheapest_squares(shape)
+        sides = shape.groups * (shape.inputs**2 + shape.outputs**2)
+        fixed += 4 * (2 * sides + shape.groups * shape.inputs * shape.outputs)
+        macs += order.cost(shape) + shape.positions * sides / 4
+        orders[name] = f"{_size(shape)}  lambda {order}, {order.cost(shape) / 1e6:,.0f} M"
+    batch = memory.batch(fixed, known.row_bytes)
+    if batch == 0:
+        raise memory.refuse(fixed, known.row_bytes)
+    passes = 2.0 if tier == "exact" else 2.4
+    each = passes * known.row_seconds + macs / known.macs_per_second
+    solved = sum(
+        shape.groups * (shape.inputs**3 + shape.outputs**3) for shape in known.shapes.values()
+    )
+    seconds = len(images) * each + 8 * solved / known.macs_per_second
+    gib = (resident() + fixed + batch * known.row_bytes) / GIB
+    num_passes = 2 if tier == "exact" else 3
+    return Forecast(f"EK-FAC factors, {tier}", orders, batch, num_passes, seconds, gib)
+
+
+def forecast_scores(
+    network: Network, images: ImageSet, num_queries: int, bytes_each: int, memory: Memory
+) -> Forecast:
+    """Forecast pairwise scores.
+
+    Args:
+        network: The model.
+        images: The rows to score.
+        num_queries: Distinct queries times dampings.
+        bytes_each: Of one number of a preconditioned gradient.
+        memory: What may be used.
+
+    Raises:
+        DefenseError: The memory limit is too small.
+    """
+    known = survey(network, images)
+    widest = max(s.groups * (s.inputs**2 + s.outputs**2) for s in known.shapes.values())
+    fixed, row, query, orders = 4.0 * (GROUP + 3 * TILE) + 8 * widest, 0.0, 0.0, {}
+    elements = 0
+    for name, shape in known.shapes.items():
+        size, order = shape.groups * shape.outputs * shape.inputs, cheapest(shape)
+        elements += size
+        row += 2 * shape.positions * size + num_queries * size
+        query += order.cost(shape) + size * (shape.inputs + shape.outputs)
+        orders[name] = f"{_size(shape)}  queries {order}, {order.cost(shape) / 1e6:,.0f} M"
+    passes, batch = _passes(memory, fixed, known.row_bytes, num_queries, elements * bytes_each)
+    each = known.row_seconds * passes + row / known.macs_per_second
+    seconds = len(images) * each + num_queries * query / known.macs_per_second
+    held = fixed + num_queries * elements * bytes_each / passes
+    gib = (resident() + held + batch * known.row_bytes) / GIB
+    return Forecast(f"scores, {num_queries:,} queries", orders, batch, passes, seconds, gib)
+
+
+def _passes(
+    memory: Memory, fixed: float, per_row: float, num_queries: int, per_query: float
+) -> tuple[int, int]:
+    """Find the fewest passes whose queries fit beside a reasonable batch; returns its size too."""
+    for passes in range(1, num_queries + 1):
+        group = -(-num_queries // passes)
+        batch = memory.batch(fixed + group * per_query, per_row)
+        if batch >= min(memory.batch_size, LEAST_BATCH) or (batch and passes == num_queries):
+            return passes, batch
+    raise memory.refuse(fixed + per_query, per_row)
+
+
+def _size(shape: Shape) -> str:
+    groups = f"{shape.groups} groups of " if shape.groups > 1 else ""
+    return f"{groups}{shape.outputs} x {shape.inputs} at {shape.positions} positions"

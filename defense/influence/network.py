@@ -1,0 +1,60 @@
+"""A frozen copy of a model whose layers can be traced."""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from defense.compute import device
+from defense.influence.layers import Tape, Trace, find_layers
+from defense.records import ImageSet
+
+
+class Network:
+    """A copy on the device, in eval mode, without parameter gradients; the model stays as it is.
+
+    Attributes:
+        layers: The layers that are traced, by name.
+        place: The device.
+        dtype: Of the model's weights: float32, or float64 for checks.
+    """
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
+        """Copy a model.
+
+        Args:
+            model: The suspect model.
+            exclude: Names of layers to leave out.
+
+        Raises:
+            UnsupportedLayerError: See `find_layers`.
+        """
+        self.place = device()
+        self.model = copy.deepcopy(model).to(self.place).to(memory_format=torch.channels_last)
+        self.model.eval().requires_grad_(False)
+        self.layers = find_layers(self.model, exclude)
+        self.dtype = next(iter(self.layers.values())).weight.dtype
+        self.tape = Tape(self.layers)
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(self.tape.hook(name))
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Run a batch of images: outputs ``[n, k]``."""
+        self.tape.forget()
+        layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
+        x = images.to(self.place, self.dtype, memory_format=layout)
+        result: Tensor = self.model(x)
+        return result.to(self.dtype)
+
+    def rows(self, images: ImageSet, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Run some rows of a set: their outputs and their labels."""
+        return self.outputs(images.images(rows)), images.targets(rows).to(self.place)
+
+    def traces(
+        self, outputs: Tensor, cotangents: Tensor | None = None
+    ) -> Iterator[tuple[str, Trace]]:
+        """See `Tape.traces`."""
+        return self.tape.traces(outputs, cotangents)

@@ -1,0 +1,57 @@
+"""Matrix products at the speed the hardware offers, and the memory they are written to."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from defense.compute import has_bf16
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)  # on CPUs its fp32 kernel can be twice as fast as the BLAS behind torch.matmul
+
+WIDE = 256  # columns from which it pays to bring outer products into the layout of `product`
+
+
+def heavy_dtype(place: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it with fp32 accumulation, else float32."""
+    return torch.bfloat16 if has_bf16(place) else torch.float32
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply ``[m, k]`` by the transpose of ``[n, k]``: ``[m, n]`` in the operands' dtype."""
+    if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
+        operation = cast(Any, torch.ops.mkldnn)._linear_pointwise
+        return cast(Tensor, operation(left.contiguous(), right.contiguous(), None, "none", [], ""))
+    return left @ right.T
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum outer products of rows: ``[n, a]`` and ``[n, b]`` to ``[a, b]``."""
+    if left.dtype == torch.float32 and min(left.shape[1], right.shape[1]) >= WIDE:
+        return product(left.T, right.T)
+    return left.T @ right
+
+
+class Workspace:
+    """Buffers that serve batch after batch.
+
+    Fresh memory costs a page fault for every few KiB written, which made writing per-sample
+    gradients four times slower than computing them.
+    """
+
+    def __init__(self) -> None:
+        """Start without buffers."""
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device
+    ) -> Tensor:
+        """Return an uninitialised tensor; it is valid until the name is taken again."""
+        key, size = (name, dtype, place), math.prod(shape)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[key] = torch.empty(size, dtype=dtype, device=place)
+        return buffer[:size].view(shape)

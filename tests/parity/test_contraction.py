@@ -1,0 +1,104 @@
+"""Every way of computing the same thing gives the same numbers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense.influence.contraction import (
+    ORDERS,
+    Basis,
+    Gramian,
+    add_squares,
+    cheapest,
+    cheapest_squares,
+    gradients,
+)
+from defense.influence.covariance import Autocorrelation, Gram, shifted_size
+from defense.influence.layers import Shape, Trace, per_sample_gradient
+from defense.influence.products import Workspace
+
+SHIFTED = {
+    "padding 1": {"kernel_size": 3, "padding": 1},
+    "no padding": {"kernel_size": 3},
+    "wide": {"kernel_size": 5, "padding": 2},
+    "oblong": {"kernel_size": (3, 2), "padding": (2, 1)},
+    "dilation": {"kernel_size": 3, "dilation": 2, "padding": 2},
+    "uneven dilation": {"kernel_size": 3, "dilation": (1, 2), "padding": (1, 2)},
+    "same": {"kernel_size": (3, 5), "padding": "same"},
+    "padding beyond the kernel": {"kernel_size": 3, "padding": 3},
+    "mostly padding": {"kernel_size": 5, "padding": 4},
+}
+
+
+def trace_of(layer: nn.Module, x: Tensor) -> Trace:
+    y = layer(x).detach()
+    positions = y.numel() // (len(y) * layer.weight.shape[0])
+    return Trace(layer, x, positions, torch.randn_like(y))
+
+
+@pytest.mark.parametrize("size", [(9, 8), (4, 4), (5, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_autocorrelation_is_the_covariance_of_patches(kind: str, bias: bool, size) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, bias=bias, **SHIFTED[kind]).double()
+    trace = trace_of(layer, torch.randn(5, 3, *size, dtype=torch.float64))
+    shifted, unfolded = Autocorrelation(layer, *size), Gram("activation")
+    for rows in (slice(0, 2), slice(2, 5)):
+        for covariance in (shifted, unfolded):
+            covariance.add(trace.rows(rows), torch.float64, Workspace())
+    torch.testing.assert_close(shifted.total(), unfolded.total(), rtol=1e-12, atol=1e-12)
+
+
+def test_covariance_is_computed_the_cheaper_way() -> None:
+    wide = trace_of(nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 32, 32))
+    strided = trace_of(nn.Conv2d(64, 64, 3, 2, 1), torch.randn(1, 64, 32, 32))
+    assert shifted_size(wide) == (32, 32)
+    assert shifted_size(strided) is None
+
+
+LAYERS = {
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6)),
+    "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, bias=False), (4, 7, 7)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5)),
+    "linear": (lambda: nn.Linear(7, 5), (7,)),
+    "tokens": (lambda: nn.Linear(7, 5, bias=False), (3, 7)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def problem(request) -> tuple[Trace, Basis, Tensor]:
+    """A trace, a random basis, and the gradients in it."""
+    torch.manual_seed(1)
+    build, size = LAYERS[request.param]
+    trace = trace_of(build().double(), torch.randn(9, *size, dtype=torch.float64))
+    shape = trace.shape
+    inputs, outputs = (
+        torch.linalg.qr(torch.randn(shape.groups, width, width, dtype=torch.float64)).Q
+        for width in (shape.inputs, shape.outputs)
+    )
+    basis = Basis.of(inputs, outputs, trace.x.device, torch.float64)
+    return trace, basis, outputs.transpose(1, 2) @ per_sample_gradient(trace) @ inputs
+
+
+@pytest.mark.parametrize("order", list(ORDERS), ids=str)
+def test_every_order_gives_the_same_gradients(order, problem) -> None:
+    trace, basis, expected = problem
+    parts = gradients(trace, basis, order, torch.float64, Workspace())
+    result = torch.cat([part.clone() for _, part in parts])
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, Gramian()], ids=str)
+def test_every_order_gives_the_same_squares(order, problem) -> None:
+    trace, basis, expected = problem
+    total = torch.zeros_like(expected[0])
+    add_squares(total, trace, basis, order, torch.float64, Workspace())
+    torch.testing.assert_close(total, expected.square().sum(0), rtol=1e-10, atol=1e-12)
+
+
+def test_the_cost_model_follows_the_shape() -> None:
+    assert str(cheapest_squares(Shape(1, 16, 512, 4608))) == "rotate first"
+    assert str(cheapest(Shape(1, 1024, 64, 27))) == "gradient first"
+    assert str(cheapest(Shape(1, 256, 128, 1152))) == "outputs first"
+    assert str(cheapest_squares(Shape(1, 1, 10, 513))) == "Gramian"

@@ -1,0 +1,110 @@
+"""What is told before the work starts, and the memory limit."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defense.errors import DefenseError
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.scores import ScoreSettings, compute_influence
+from defense.records import Queries
+from tests.conftest import make_images
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(128, 4)
+    ).eval()
+
+
+def queries_of(images, count: int) -> Queries:
+    nothing = torch.zeros(count, dtype=torch.int64)
+    rows = np.arange(count)
+    return Queries(images.images(rows), images.targets(rows), nothing, nothing)
+
+
+def run(settings: ScoreSettings, limit: float | None = None):
+    model, images = small_model(), make_images(40, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    factors = fit_factors(model, images, FactorSettings(memory_limit=limit), generator)
+    return compute_influence(model, factors, queries_of(images, 12), images, settings)
+
+
+def test_orders_time_and_memory_are_told_first(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "defense"):
+        run(ScoreSettings())
+    factors, scores = caplog.messages
+    assert factors.startswith("EK-FAC factors, fast: about ")
+    assert "GiB in 3 passes with batches of 64" in factors
+    assert "4  4 x 129 at 1 positions  lambda Gramian" in factors
+    assert scores.startswith("scores, 12 queries: about ")
+    assert "0  8 x 28 at 256 positions  queries " in scores
+
+
+def test_a_limit_below_what_is_needed_is_refused() -> None:
+    with pytest.raises(DefenseError, match=r"memory_limit is 0.01 GiB, but at least .* needed"):
+        run(ScoreSettings(), limit=0.01)
+    with pytest.raises(DefenseError, match=r"memory_limit is 0.01 GiB, but at least .* needed"):
+        run(ScoreSettings(memory_limit=0.01))
+
+
+def test_groups_of_queries_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(ScoreSettings())
+    monkeypatch.setattr("defense.influence.forecast._passes", lambda *_: (5, 64))
+    parts = run(ScoreSettings())
+    np.testing.assert_allclose(parts.margin, whole.margin, rtol=1e-5)
+    np.testing.assert_allclose(parts.query_norm, whole.query_norm, rtol=1e-6)
+
+
+PROGRAM = """
+import resource, sys
+import torch
+from torch import nn
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.forecast import GIB, resident
+from defense.influence.scores import ScoreSettings, compute_influence
+from tests.conftest import make_images
+from tests.unit.test_forecast import queries_of
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 4),
+)
+images = make_images(512, seed=1, shape=(3, 32, 32))
+fit_factors(model, images.where(images.labels == 0), FactorSettings(batch_size=1),
+            torch.Generator().manual_seed(0))  # brings in all code first
+extra = float(sys.argv[1])
+limit = resident() / GIB + extra if extra else None
+factors = fit_factors(
+    model, images, FactorSettings(tier="exact", batch_size=512, memory_limit=limit),
+    torch.Generator().manual_seed(0),
+)
+settings = ScoreSettings(batch_size=512, memory_limit=limit)
+compute_influence(model, factors, queries_of(images, 200), images, settings)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(peak - (limit or 0))
+"""
+
+
+def excess(extra: float) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(extra)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def test_the_memory_limit_is_held() -> None:
+    unlimited = excess(0.0)
+    assert unlimited > 1.5  # GiB, so that the limit below has something to hold
+    assert excess(0.75) <= 0

@@ -1,0 +1,195 @@
+"""Killed fits and scores continue; other inputs, damaged and stale files never count."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.network import Network
+from defense.influence.scores import Influence, ScoreSettings, compute_influence
+from defense.records import Factors, ImageSet, Queries
+from defense.storage import save_factors
+from tests.conftest import make_images
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.unit.resumable_influence"]
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(4),
+        nn.Flatten(), nn.Linear(96, 4),
+    ).eval()  # fmt: skip
+
+
+def fit(model: nn.Module, images: ImageSet, scratch: Path | None, **options) -> Factors:
+    settings = FactorSettings(**{"batch_size": 8} | options)
+    generator = torch.Generator().manual_seed(0)
+    return fit_factors(model, images, settings, generator, scratch=scratch)
+
+
+def score(model: nn.Module, factors: Factors, images: ImageSet, scratch: Path | None) -> Influence:
+    nothing = torch.zeros(6, dtype=torch.int64)
+    queries = Queries(images.images(np.arange(6)), images.targets(np.arange(6)), nothing, nothing)
+    settings = ScoreSettings(batch_size=8)
+    return compute_influence(
+        model, factors, queries, images, settings, self_influence=True, scratch=scratch
+    )
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that lets a number of batches pass, saving after each."""
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    original = Network.rows
+
+    def arm(count: int | None) -> list[int]:
+        seen: list[int] = []
+
+        def rows(self, images, numbers):
+            if count is not None and len(seen) == count:
+                raise KilledError
+            seen.append(len(numbers))
+            return original(self, images, numbers)
+
+        monkeypatch.setattr(Network, "rows", rows)
+        return seen
+
+    return arm
+
+
+def parts(factors: Factors) -> list[bytes]:
+    return [
+        part.numpy().tobytes() for layer in factors.layers.values() for part in vars(layer).values()
+    ]
+
+
+@pytest.mark.parametrize("tier", ["exact", "fast"])
+@pytest.mark.parametrize("count", [2, 7, 12])
+def test_a_killed_fit_ends_with_the_same_bytes(tier, count, kill_after, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    whole = kill_after(None)
+    undisturbed = fit(model, images, None, tier=tier)
+    kill_after(count)
+    with pytest.raises(KilledError):
+        fit(model, images, tmp_path, tier=tier)
+    rest = kill_after(None)
+    resumed = fit(model, images, tmp_path, tier=tier)
+    assert parts(resumed) == parts(undisturbed)
+    assert resumed.num_differentiated == undisturbed.num_differentiated
+    assert resumed.left_out == undisturbed.left_out
+    assert len(rest) <= len(whole) - count + 2  # the forecast's rows, and one batch again
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_scores_end_with_the_same_bytes(kill_after, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    factors = fit(model, images, None)
+    kill_after(None)
+    undisturbed = score(model, factors, images, None)
+    kill_after(4)
+    with pytest.raises(KilledError):
+        score(model, factors, images, tmp_path)
+    rest = kill_after(None)
+    resumed = score(model, factors, images, tmp_path)
+    for one, other in zip(vars(resumed).values(), vars(undisturbed).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(rest) == 1 + 3  # the forecast's rows, and the batches that were not done
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_anything_else_is_not_continued(kill_after, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    kill_after(8)
+    with pytest.raises(KilledError):
+        fit(model, images, tmp_path)
+    weights = small_model()
+    with torch.no_grad():
+        weights[0].bias[0] += 1e-3
+    labels, pixels = images.labels.copy(), images.pixels.copy()
+    labels[47] += 1
+    pixels[47, 0, 0, 0] ^= 1
+    for label, changed, kept, options in (
+        ("weights", weights, images, {}),
+        ("labels", model, ImageSet(images.pixels, labels, *list(vars(images).values())[2:]), {}),
+        ("pixels", model, ImageSet(pixels, *list(vars(images).values())[1:]), {}),
+        ("settings", model, images, {"tolerance": 0.01}),
+    ):
+        seen = kill_after(None)
+        fit(changed, kept, tmp_path, **options)
+        assert len(seen) > 12, label
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_checkpoint_is_rebuilt(keep: int, kill_after, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    kill_after(9)
+    with pytest.raises(KilledError):
+        fit(model, images, tmp_path)
+    (file,) = tmp_path.glob("*.pt")
+    file.write_bytes(file.read_bytes()[:keep])
+    kill_after(None)
+    with pytest.warns(UserWarning, match="is damaged, starting again"):
+        resumed = fit(model, images, tmp_path)
+    assert parts(resumed) == parts(fit(model, images, None))
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_scores_without_their_array_are_computed_again(damage, kill_after, tmp_path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    factors = fit(model, images, None)
+    kill_after(4)
+    with pytest.raises(KilledError):
+        score(model, factors, images, tmp_path)
+    (file,) = tmp_path.glob("*.array")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-8])
+    rest = kill_after(None)
+    again = score(model, factors, images, tmp_path)
+    assert len(rest) == 1 + 6
+    np.testing.assert_array_equal(again.margin, score(model, factors, images, None).margin)
+
+
+def run_script(scratch: Path, result: Path, *, killed_after: float | None) -> None:
+    process = subprocess.Popen([*COMMAND, str(scratch), str(result)], cwd=ROOT)
+    if killed_after is None:
+        assert process.wait() == 0
+    else:
+        time.sleep(killed_after)
+        process.kill()
+        process.wait()
+
+
+def test_sigkill_at_random_moments_gives_the_same_bytes(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.npz"
+    begin = time.monotonic()
+    run_script(tmp_path / "unused", whole, killed_after=None)
+    length = time.monotonic() - begin
+    resumed = tmp_path / "resumed.npz"
+    for share in np.random.default_rng(0).uniform(0.3, 0.95, 4):
+        run_script(tmp_path / "scratch", resumed, killed_after=float(share) * length)
+    run_script(tmp_path / "scratch", resumed, killed_after=None)
+    with np.load(whole) as expected, np.load(resumed) as actual:
+        assert expected.files == actual.files
+        for name in expected.files:
+            assert expected[name].tobytes() == actual[name].tobytes()
+
+
+def test_factors_of_a_tier_are_saved_with_what_they_were_fitted_on(tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    factors = fit(model, images, None)
+    save_factors(tmp_path / "factors", factors, inputs={})
+    assert "fast tier, 2 layers with 97.89% of the parameters" in str(factors)
