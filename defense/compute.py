@@ -1,10 +1,14 @@
 """Where and how things run: device, seeded randomness, batches with a progress bar."""
 
+import ctypes
 import hashlib
+import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from defense.errors import DefenseError
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_DELAY = 2.0  # seconds a step may take before its progress bar appears
 LOG_INTERVAL = 10.0  # seconds between two states of a bar where there is no terminal
@@ -80,10 +86,26 @@ def batches(
         yield np.arange(start, min(start + batch_size, num_rows))
 
 
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """Log how long a phase took; the record carries `phase` and `seconds`."""
+    begin = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - begin
+    logger.info("%s: %.1f s", phase, seconds, extra={"phase": phase, "seconds": seconds})
+
+
 def pixel_store(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Allocate uint8 pixels in an unnamed temporary file, so that no set has to fit in memory."""
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system; glibc keeps half a GiB of freed tensors otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def has_bf16(place: torch.device) -> bool:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.checkpoints import Checkpoint, fingerprint, source_digest
-from defense.compute import batches, progress
+from defense.compute import batches, progress, timed
 from defense.errors import NumericalError
 from defense.influence.contraction import Basis, add_squares, cheapest_squares
 from defense.influence.covariance import Autocorrelation, Covariance, Gram, shifted_size
@@ -144,21 +144,25 @@ class _Fit:
 
     def run(self) -> dict[str, LayerFactors]:
         """Run what the checkpoint does not hold yet."""
-        if self.settings.tier == "exact":
-            self.covariances()
-        else:
-            self.activation_covariances()
-            self.leave_out(self.settings.tolerance)
-            self.gradient_covariances()
-        self.decompose()
-        self.lambdas()
+        with timed("covariances"):
+            if self.settings.tier == "exact":
+                self.covariances()
+            else:
+                self.activation_covariances()
+                self.leave_out(self.settings.tolerance)
+                self.gradient_covariances()
+        with timed("eigendecompositions"):
+            self.decompose()
+        with timed("lambda"):
+            self.lambdas()
         return {
             name: LayerFactors(
                 self.bases[f"{name}:activation"].cpu(),
                 self.bases[f"{name}:gradient"].cpu(),
-                self._mean_square(name, total).cpu(),
+                self._mean_square(name, self.squares[name]).cpu(),
             )
-            for name, total in self.squares.items()
+            for name in self.network.tape.order
+            if name in self.squares
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -220,20 +224,22 @@ class _Fit:
 
     def covariances(self) -> None:
         """Sum the uncentred covariances of both sides in one pass."""
+
+        def visit(name: str, trace: Trace) -> None:
+            for side in SIDES:
+                self.add(name, side, trace, trace.x.dtype)
+
         for rows in self.steps("covariances"):
-            for name, trace in self.network.traces(*self.outputs(rows)):
-                for side in SIDES:
-                    self.add(name, side, trace, trace.x.dtype)
+            self.network.backward(*self.outputs(rows), visit)
 
     def activation_covariances(self) -> None:
         """Sum the activation side in forward passes, and weigh every row's loss gradient."""
         dtype = heavy_dtype(self.network.place)
         for rows in self.steps("activations"):
             with torch.no_grad():
-                outputs, slope = self.outputs(rows)
+                _, slope = self.outputs(rows)
                 self.mass[torch.from_numpy(rows)] = slope.double().square().sum(1).cpu()
-                for name, trace in self.network.traces(outputs):
-                    self.add(name, "activation", trace, dtype)
+                self.network.forward(lambda name, trace: self.add(name, "activation", trace, dtype))
 
     def leave_out(self, tolerance: float) -> None:
         """Keep the rows with the largest loss gradients that hold all but `tolerance` of them.
@@ -249,9 +255,12 @@ class _Fit:
 
     def gradient_covariances(self) -> None:
         """Sum the output gradients' side."""
+
+        def visit(name: str, trace: Trace) -> None:
+            self.add(name, "gradient", trace, trace.x.dtype)
+
         for rows in self.steps("gradients"):
-            for name, trace in self.network.traces(*self.outputs(rows)):
-                self.add(name, "gradient", trace, trace.x.dtype)
+            self.network.backward(*self.outputs(rows), visit)
 
     def decompose(self) -> None:
         """Find the eigenvectors of both sides of every layer, dropping the covariances."""
@@ -263,17 +272,20 @@ class _Fit:
     def lambdas(self) -> None:
         """Sum the squared per-sample gradients in the eigenbasis, ``[g, o, i]``, by layer."""
         turned: dict[str, Basis] = {}
+
+        def visit(name: str, trace: Trace) -> None:
+            shape, dtype, place = trace.shape, trace.x.dtype, trace.x.device
+            if name not in turned:
+                activation, gradient = (self.bases[f"{name}:{side}"] for side in SIDES)
+                turned[name] = Basis.of(activation, gradient, place, dtype)
+            if name not in self.squares:
+                size = shape.groups, shape.outputs, shape.inputs
+                self.squares[name] = torch.zeros(size, dtype=dtype, device=place)
+            order = cheapest_squares(shape)
+            add_squares(self.squares[name], trace, turned[name], order, dtype, self.space)
+
         for rows in self.steps("lambda"):
-            for name, trace in self.network.traces(*self.outputs(rows)):
-                shape, dtype = trace.shape, trace.x.dtype
-                if name not in turned:
-                    activation, gradient = (self.bases[f"{name}:{side}"] for side in SIDES)
-                    turned[name] = Basis.of(activation, gradient, trace.x.device, dtype)
-                if name not in self.squares:
-                    size = shape.groups, shape.outputs, shape.inputs
-                    self.squares[name] = torch.zeros(size, dtype=dtype, device=trace.x.device)
-                order = cheapest_squares(shape)
-                add_squares(self.squares[name], trace, turned[name], order, dtype, self.space)
+            self.network.backward(*self.outputs(rows), visit)
 
     def _mean_square(self, name: str, total: Tensor) -> Tensor:
         if not 0 < float(total.sum()) < math.inf:

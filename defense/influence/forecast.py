@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defense.compute import trim_memory
 from defense.errors import DefenseError
 from defense.influence.contraction import GROUP, TILE, cheapest, cheapest_squares
 from defense.influence.layers import Shape, Trace
@@ -61,6 +62,7 @@ class Memory:
 
 def resident() -> float:
     """Bytes of memory this process holds now; its peak where the system does not say."""
+    trim_memory()
     status = Path("/proc/self/statm")
     if status.is_file():
         return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -97,12 +99,13 @@ def survey(network: Network, images: ImageSet) -> Survey:
     begin = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(watch, lambda value: value):
         outputs, _ = network.rows(images, rows)
-    traces = dict(network.traces(outputs, torch.ones_like(outputs)))
+    traces: dict[str, Trace] = {}
+    network.backward(outputs, torch.ones_like(outputs), traces.__setitem__)
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() * p.element_size() for p in network.model.parameters())
     seen = sum(_bytes(trace) for trace in traces.values())
     size = max(sum(kept.values()) - weights, 0) + seen
-    shapes = {name: trace.shape for name, trace in traces.items()}
+    shapes = {name: traces[name].shape for name in network.tape.order if name in traces}
     return Survey(shapes, size / len(rows), seconds / len(rows), _rate(network))
 
 

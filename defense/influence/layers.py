@@ -7,7 +7,7 @@ layer's inputs and `s` the gradients of its outputs (Grosse & Martens 2016, sect
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,74 +205,84 @@ def flat_gradient(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
 
 
+Visit = Callable[[str, Trace], None]
+
+
 class Tape:
-    """Inputs of the layers during the latest forward pass, and gradients of their outputs."""
+    """Shows what every layer saw of a batch, as soon as it is known, and keeps nothing after.
+
+    Attributes:
+        order: Names of the layers in the order they ran.
+    """
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         """Watch `layers`, on which the hooks are to be registered."""
         self.layers = layers
-        self.forget()
+        self.start(0)
 
-    def forget(self) -> None:
-        """Drop the latest forward pass."""
+    def start(self, num_samples: int) -> None:
+        """Begin a forward pass, forgetting the one before."""
+        self.num_samples = num_samples
+        self.order: list[str] = []
         self.seen: dict[str, Trace] = {}
         self.roots: list[Tensor] = []
-        self.gradients: dict[str, Tensor] = {}
+        self.visits: tuple[Visit, ...] = ()
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """Return the forward hook of one layer."""
         return lambda module, inputs, output: self.keep(name, inputs[0], output)
 
     def keep(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """Note one call of a layer; returns the output for the layers after it."""
-        if name in self.seen:
+        """Note one call of a layer; returns the output for the layers after it.
+
+        Raises:
+            UnsupportedLayerError: The layer ran before, or its input does not have one entry
+                per sample in front.
+        """
+        if name in self.order:
             raise UnsupportedLayerError(
                 f"layer {name} runs more than once per forward pass; "
                 "per-sample gradients of recurrent layers are not supported"
             )
+        if len(x) != self.num_samples:
+            raise UnsupportedLayerError(
+                f"layer {name} gets an input {list(x.shape)} for {self.num_samples} samples, "
+                "expected the samples in front: keep tokens in a dimension of their own"
+            )
         layer = self.layers[name]
         positions = output.numel() // (len(output) * layer.weight.shape[0])
+        self.order.append(name)
         self.seen[name] = Trace(layer, x.detach(), positions, output.new_empty(0))
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             self.roots.append(output.detach().requires_grad_())
             output = self.roots[-1].clone()  # a leaf would refuse an activation in place
-        gradients = self.gradients
-
-        def note(gradient: Tensor) -> None:
-            gradients[name] = gradient
-
-        output.register_hook(note)  # sees the output before any activation in place
+        # The hook sees the output as it is before any activation in place.
+        output.register_hook(lambda gradient: self.show(name, gradient))
         return output
 
-    def traces(
-        self, outputs: Tensor, cotangents: Tensor | None = None
-    ) -> Iterator[tuple[str, Trace]]:
-        """Yield what every layer that ran saw, and forget the pass.
+    def show(self, name: str, gradient: Tensor) -> None:
+        """Show a layer whose output gradient has arrived."""
+        trace = self.seen.pop(name)
+        for visit in self.visits:
+            visit(name, replace(trace, gradient=gradient))
+
+    def forward(self, visit: Visit) -> None:
+        """Show every layer that ran in the latest forward pass, without gradients."""
+        for name in self.order:
+            visit(name, self.seen.pop(name))
+
+    def backward(self, outputs: Tensor, cotangents: Tensor, *visits: Visit) -> None:
+        """Differentiate, and show every layer the gradient reaches, last layer first.
 
         Args:
             outputs: The model's outputs, ``[n, k]``; sample n must depend on input n alone,
                 which holds in eval mode.
-            cotangents: Gradient of the value of interest with respect to them, ``[n, k]``;
-                without it the traces have no gradients.
-
-        Raises:
-            UnsupportedLayerError: A layer's input does not have one entry per sample in front.
+            cotangents: Gradient of the value of interest with respect to them, ``[n, k]``.
+            visits: What to do with a layer.
         """
-        if cotangents is not None and self.roots:
+        self.visits = visits
+        if self.roots:
             torch.autograd.grad(outputs, self.roots, cotangents, allow_unused=True)
-        seen, gradients = self.seen, self.gradients
-        self.forget()
-        for name in list(seen):
-            trace = seen.pop(name)
-            if len(trace) != len(outputs):
-                raise UnsupportedLayerError(
-                    f"layer {name} gets an input {list(trace.x.shape)} for {len(outputs)} "
-                    "samples, expected the samples in front: keep tokens in a dimension of "
-                    "their own"
-                )
-            if cotangents is None:
-                yield name, trace
-            elif name in gradients:
-                yield name, replace(trace, gradient=gradients.pop(name))
+        self.seen, self.roots, self.visits = {}, [], ()

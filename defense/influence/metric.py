@@ -62,6 +62,8 @@ class Metric:
 
     def add_norms(self, norms: Tensor, name: str, trace: Trace) -> None:
         """Add a layer's part of ``v^T H^-1 v`` to `norms` ``[d, n]``."""
+        if name not in self.layers:
+            return
         basis, weights = self.basis(name), self.weights(name).flatten(1)
         order = cheapest(trace.shape)
         for part, gradient in gradients(trace, basis, order, self.dtype, self.space):
@@ -86,8 +88,10 @@ class QuerySide:
         """Number of queries times dampings; row ``d * count + q`` is query q at damping d."""
         return self.count * len(self.metric.dampings)
 
-    def put(self, name: str, trace: Trace, first: int) -> None:
+    def put(self, first: int, name: str, trace: Trace) -> None:
         """Precondition the gradients of a batch of queries that starts at number `first`."""
+        if name not in self.metric.layers:
+            return
         metric, order = self.metric, cheapest(trace.shape)
         basis, weights = metric.basis(name), metric.weights(name)
         back = basis.inverse
@@ -114,6 +118,8 @@ class QuerySide:
 
     def contract(self, block: Tensor, name: str, trace: Trace) -> None:
         """Add a layer's part of all inner products with a batch of rows: ``[len, n]``."""
+        if name not in self.metric.layers:
+            return
         metric, tiles = self.metric, self.tiles[name]
         width = tiles[0].shape[2]
         for part, number, gradient in raw_tiles(trace, width, metric.dtype, metric.space):

@@ -1,7 +1,7 @@
 """A frozen copy of a model whose layers can be traced."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from defense.compute import device
-from defense.influence.layers import Tape, Trace, find_layers
+from defense.influence.layers import Tape, Visit, find_layers
 from defense.records import ImageSet
 
 
@@ -43,7 +43,7 @@ class Network:
 
     def outputs(self, images: Tensor) -> Tensor:
         """Run a batch of images: outputs ``[n, k]``."""
-        self.tape.forget()
+        self.tape.start(len(images))
         layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
         x = images.to(self.place, self.dtype, memory_format=layout)
         result: Tensor = self.model(x)
@@ -53,8 +53,10 @@ class Network:
         """Run some rows of a set: their outputs and their labels."""
         return self.outputs(images.images(rows)), images.targets(rows).to(self.place)
 
-    def traces(
-        self, outputs: Tensor, cotangents: Tensor | None = None
-    ) -> Iterator[tuple[str, Trace]]:
-        """See `Tape.traces`."""
-        return self.tape.traces(outputs, cotangents)
+    def forward(self, visit: Visit) -> None:
+        """See `Tape.forward`."""
+        self.tape.forward(visit)
+
+    def backward(self, outputs: Tensor, cotangents: Tensor, *visits: Visit) -> None:
+        """See `Tape.backward`."""
+        self.tape.backward(outputs, cotangents, *visits)

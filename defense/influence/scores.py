@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.checkpoints import Checkpoint, fingerprint, source_digest
-from defense.compute import batches
+from defense.compute import batches, timed, trim_memory
 from defense.errors import ArtifactError
 from defense.influence.contraction import balanced
 from defense.influence.forecast import Memory, forecast_scores
@@ -229,11 +230,13 @@ class _Scorer:
             self.scale, self.own = state["scale"].numpy(), state["own"].numpy()
         norms = np.empty((dampings, count), dtype=self.scale.dtype)
         for number, group in enumerate(balanced(count, -(-count // num_passes))):
-            side = self.query_side(images[group], labels[group])
+            with timed("queries"):
+                side = self.query_side(images[group], labels[group])
             norms[:, group] = side.norms.cpu().numpy()
             if number >= state["pass"]:
                 first = state["row"] if number == state["pass"] else 0
-                self.rows_side(margin[:, group], side, first, number, checkpoint)
+                with timed("rows"):
+                    self.rows_side(margin[:, group], side, first, number, checkpoint)
         checkpoint.remove()
         return margin, norms
 
@@ -244,9 +247,8 @@ class _Scorer:
             outputs = self.network.outputs(images[rows])
             wanted = labels[rows].to(self.network.place)
             cotangent = cotangents(self.task.measure, outputs, wanted)
-            for name, trace in self.network.traces(outputs, cotangent):
-                if name in self.metric.layers:
-                    side.put(name, trace, int(rows[0]))
+            self.network.backward(outputs, cotangent, partial(side.put, int(rows[0])))
+        trim_memory()
         return side
 
     def rows_side(
@@ -264,12 +266,11 @@ class _Scorer:
             self.scale[rows] = self.task.loss_scale(outputs.detach(), targets).cpu().numpy()
             block = torch.zeros(len(side), len(rows), dtype=self.network.dtype).to(outputs.device)
             norms = block.new_zeros(len(self.metric.dampings), len(rows))
+            visits = [partial(side.contract, block)]
+            if norms_wanted:
+                visits.append(partial(self.metric.add_norms, norms))
             cotangent = cotangents(self.task.measure, outputs, targets)
-            for name, trace in self.network.traces(outputs, cotangent):
-                if name in self.metric.layers:
-                    side.contract(block, name, trace)
-                    if norms_wanted:
-                        self.metric.add_norms(norms, name, trace)
+            self.network.backward(outputs, cotangent, *visits)
             margin[:, :, rows] = block.view(*margin.shape[:2], -1).cpu().numpy()
             if norms_wanted:
                 self.own[:, rows] = norms.cpu().numpy()

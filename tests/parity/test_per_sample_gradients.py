@@ -32,7 +32,11 @@ def gradients_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
     network = Network(model)
     outputs = network.outputs(images)
     slope = cotangents(CLASSIFICATION.loss, outputs, labels)
-    return {name: per_sample_gradient(trace) for name, trace in network.traces(outputs, slope)}
+    result: dict[str, torch.Tensor] = {}
+    network.backward(
+        outputs, slope, lambda name, trace: result.__setitem__(name, per_sample_gradient(trace))
+    )
+    return result
 
 
 def loop_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):

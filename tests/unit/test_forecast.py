@@ -42,7 +42,10 @@ def run(settings: ScoreSettings, limit: float | None = None):
 def test_orders_time_and_memory_are_told_first(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "defense"):
         run(ScoreSettings())
-    factors, scores = caplog.messages
+    assert [r.phase for r in caplog.records if hasattr(r, "phase")] == [
+        "covariances", "eigendecompositions", "lambda", "queries", "rows",
+    ]  # fmt: skip
+    factors, scores = (r.getMessage() for r in caplog.records if not hasattr(r, "phase"))
     assert factors.startswith("EK-FAC factors, fast: about ")
     assert "GiB in 3 passes with batches of 64" in factors
     assert "4  4 x 129 at 1 positions  lambda Gramian" in factors

@@ -1,0 +1,335 @@
+"""EK-FAC side by side: ours, kronfluence and plain training steps, in one process.
+
+Run ``CIFAR10_FOLDER=<folder> python -m benchmarks.ekfac``; the folder is the tree
+``train|test/class/file`` of CIFAR-10. Both tools see the same trained model, rows, drawn
+labels, queries, batch size and damping. Costs are in plain training steps (forward, backward
+and update of the same model at the same batch size), timed before and after every tool's
+turn. A killed benchmark continues with the measurement it was at.
+"""
+
+import copy
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.kronfluence_peer import measure_peer
+from benchmarks.record import figure, save
+from defense.artifacts import write_json
+from defense.attacks.badnets import BadNets
+from defense.compute import seeded, trim_memory
+from defense.datasets.folder import Folder
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.queries import TransformSettings, make_queries
+from defense.influence.scores import ScoreSettings, compute_influence
+from defense.influence.task import CLASSIFICATION
+from defense.models.assemble import build_model
+from defense.models.resnet import ResNet9, ResNet18
+from defense.recipe import Recipe
+from defense.records import ImageSet, PoisonedSplit, Queries
+from defense.storage import load_weights, save_model
+from defense.training import logits, train
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
+SIZES = (256, 1024, 4096)
+PEER_SIZES = {"resnet18": (256, 1024), "resnet9": (256, 1024, 4096)}
+NUM_QUERIES = 51
+BATCH_SIZE = 64
+DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
+RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained model, its rows, the queries and the uniform numbers labels are drawn with."""
+
+    model: nn.Module
+    train: ImageSet
+    queries: Queries
+
+    def first(self, count: int) -> ImageSet:
+        """Take the first rows; the order of the set is random."""
+        return self.train.where(np.arange(len(self.train)) < count)
+
+
+def plant() -> PoisonedSplit:
+    """Load 4,096 random CIFAR-10 rows, 1 % of them with a BadNets trigger."""
+    source = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=max(SIZES))
+    attack = BadNets(
+        pattern="square", size=3, margin=2, value=1.0, victim_class="ship",
+        target_class="dog", poison_fraction=0.01,
+    )  # fmt: skip
+    return attack.poison(source.load(seeded(0, "data")), seeded(0, "attack"))
+
+
+def prepare(name: str, planted: PoisonedSplit, work: Path) -> Problem:
+    """Train a network, or load it, and draw distinct queries from one triggered image."""
+    rows = planted.train
+    model = build_model(NETWORKS[name], rows.shape, rows.num_classes, seeded(0, "init"))
+    place = work / name
+    if place.is_dir():
+        load_weights(place, model)
+    else:
+        model = train(model, rows, RECIPE, seeded(0, "train"), scratch=work).model
+        save_model(place, model, meta={})
+    image = planted.probe.images(np.arange(1))
+    drawn = make_queries(
+        image, [int(planted.probe.labels[0])], rows.num_classes,
+        TransformSettings(num_transforms=100), seeded(0, "transforms"),
+    )  # fmt: skip
+    keys = [
+        x.numpy().tobytes() + bytes([int(y)])
+        for x, y in zip(drawn.images, drawn.labels, strict=True)
+    ]
+    kept = sorted({keys.index(key) for key in keys})[:NUM_QUERIES]
+    queries = Queries(*(part[kept] for part in vars(drawn).values()))
+    return Problem(model, rows, queries)
+
+
+def step_seconds(model: nn.Module, images: ImageSet, repeats: int = 8) -> float:
+    """Time one plain training step: the median of several, after two unmeasured ones."""
+    work = copy.deepcopy(model).train().requires_grad_(True)
+    optimizer = torch.optim.SGD(work.parameters(), lr=1e-3, momentum=0.9)
+    rows = np.arange(BATCH_SIZE)
+    x, y = images.images(rows), images.targets(rows)
+    times = []
+    for _ in range(repeats + 2):
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(work(x), y).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[2:]))
+
+
+class Phases(logging.Handler):
+    """Collects how long every phase took from the log."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__(logging.INFO)
+        self.seconds: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a phase."""
+        facts = vars(record)
+        if "phase" in facts:
+            self.seconds[facts["phase"]] = facts["seconds"]
+
+
+def peak_gib(reset: bool) -> float:
+    """Largest resident memory since the last reset, in GiB."""
+    if reset:
+        gc.collect()
+        trim_memory()
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def measure_ours(problem: Problem, tier: str, count: int, folder: Path) -> dict[str, Any]:
+    """Fit factors and score with one tier; keeps the scores in `folder`."""
+    rows, phases = problem.first(count), Phases()
+    logger = logging.getLogger("defense")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(phases)
+    begin = time.perf_counter()
+    factors = fit_factors(
+        problem.model, rows, FactorSettings(tier=tier, batch_size=BATCH_SIZE), generator()
+    )
+    influence = compute_influence(
+        problem.model, factors, problem.queries, rows,
+        ScoreSettings(batch_size=BATCH_SIZE, damping=DAMPING),
+    )  # fmt: skip
+    total = time.perf_counter() - begin
+    logger.removeHandler(phases)
+    np.save(folder / f"{tier}-{count}.npy", influence.loss()[0])
+    seconds = phases.seconds
+    return {
+        "covariances": seconds["covariances"],
+        "eigendecompositions": seconds["eigendecompositions"],
+        "lambda": seconds["lambda"],
+        "queries": seconds["queries"],
+        "scores": seconds["rows"],
+        "total": total,
+        "rows_differentiated": factors.num_differentiated,
+        "left_out": factors.left_out,
+    }
+
+
+def generator() -> torch.Generator:
+    """Return the generator of the label draws."""
+    return torch.Generator().manual_seed(1)
+
+
+def drawn_labels(problem: Problem, count: int) -> torch.Tensor:
+    """Labels of the Fisher matrix, as `fit_factors` draws them."""
+    draws = torch.rand(count, generator=generator())
+    return CLASSIFICATION.sample(logits(problem.model, problem.first(count)), draws)
+
+
+def turn(path: Path, problem: Problem, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run one measurement between two timings of the training step, unless it is there."""
+    if not path.is_file():
+        before = step_seconds(problem.model, problem.train)
+        peak_gib(reset=True)
+        result = run()
+        result["peak_gib"] = peak_gib(reset=False)
+        result["step"] = (before + step_seconds(problem.model, problem.train)) / 2
+        write_json(path, result)
+    return dict(json.loads(path.read_text()))
+
+
+def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]]:
+    """Take all measurements of one network: results by tool and number of rows."""
+    folder = work / f"{name}-runs"
+    folder.mkdir(exist_ok=True)
+    results = {}
+    for count in SIZES:
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            f"{tier}-{count}": partial(measure_ours, problem, tier, count, folder)
+            for tier in ("fast", "exact")
+        }
+        if count in PEER_SIZES[name]:
+            rows, labels = problem.first(count), drawn_labels(problem, count)
+            runs[f"kronfluence-{count}"] = partial(
+                measure_peer, problem.model, rows, labels, problem.queries, BATCH_SIZE, folder
+            )
+        for key, run in runs.items():
+            results[key] = turn(folder / f"{key}.json", problem, run)
+            click.echo(f"{name} {key}: {results[key]}")
+    return results
+
+
+def slope(results: dict[str, dict[str, Any]], tool: str, phase: str, few: int, many: int) -> float:
+    """Training steps per row of a phase, from two numbers of rows."""
+    first, second = results[f"{tool}-{few}"], results[f"{tool}-{many}"]
+    step = (first["step"] + second["step"]) / 2
+    return (second[phase] - first[phase]) / (many - few) / (step / BATCH_SIZE)
+
+
+def per_row(result: dict[str, Any], phase: str, count: int) -> float:
+    """Training steps per row of a phase."""
+    return result[phase] / count / (result["step"] / BATCH_SIZE)
+
+
+def agreement(folder: Path, one: str, other: str) -> dict[str, float]:
+    """Compare two score matrices ``[q, n]``: over all entries, and the top 1 % of rows."""
+    a, b = (np.load(folder / f"{name}.npy") for name in (one, other))
+    top = max(1, a.shape[1] // 100)
+    shared = [
+        len(np.intersect1d(leaders(x, top), leaders(y, top))) for x, y in zip(a, b, strict=True)
+    ]
+    return {
+        "pearson": float(np.corrcoef(a.ravel(), b.ravel())[0, 1]),
+        "spearman": float(spearmanr(a.ravel(), b.ravel()).statistic),
+        "top1_overlap": float(np.mean(shared)) / top,
+    }
+
+
+def leaders(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Rows with the largest scores."""
+    return np.argsort(-scores, kind="stable")[:count]
+
+
+def peer_total(results: dict[str, dict[str, Any]], count: int, sizes: tuple[int, ...]) -> float:
+    """Extrapolate the peer's time from its two largest runs, linearly, phase by phase."""
+    few, many = sizes[-2:]
+    first, second = results[f"kronfluence-{few}"], results[f"kronfluence-{many}"]
+    grow = ("covariances", "lambda", "scores")
+    each = sum((second[phase] - first[phase]) / (many - few) for phase in grow)
+    return sum(second[phase] for phase in (*grow, "eigendecompositions")) + each * (count - many)
+
+
+def figures_of(
+    name: str, results: dict[str, dict[str, Any]], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Derive the figures of one network, and the peer's numbers beside them."""
+    sizes = PEER_SIZES[name]
+    few, many, most = sizes[-2], 1024, max(SIZES)
+    exact, fast = results[f"exact-{many}"], results[f"fast-{most}"]
+    peer = results[f"kronfluence-{many}"]
+    peer_slope = slope(results, "kronfluence", "scores", 256, 1024)
+    peer_queries = peer["scores"] - peer_slope * many * peer["step"] / BATCH_SIZE
+    peer_fixed = peer["eigendecompositions"] + peer_queries
+    fixed = exact["eigendecompositions"] + exact["queries"]
+    both = agreement(folder, f"exact-{many}", f"kronfluence-{many}")
+    tiers = agreement(folder, f"fast-{most}", f"exact-{most}")
+    whole = peer_total(results, most, sizes)
+    epoch = most / BATCH_SIZE * fast["step"]
+    growth = results[f"exact-{most}"]["total"] / exact["total"]
+    rows = [
+        figure("covariance_steps", [per_row(exact, "covariances", many)], "<=", 2.5),
+        figure("lambda_steps", [per_row(exact, "lambda", many)], "<=", 4.5),
+        figure("scores_steps", [slope(results, "exact", "scores", 1024, most)], "<=", 2.5),
+        figure("fixed_ratio", [fixed / peer_fixed], "<=", 1 / 3),
+        figure("exact_speedup", [peer["total"] / exact["total"]], ">=", 8),
+        figure("fast_epochs", [fast["total"] / epoch], "<=", 4),
+        figure("fast_speedup", [whole / fast["total"]], ">=", 20),
+        figure("exact_pearson", [both["pearson"]], ">=", 0.9999),
+        figure("exact_spearman", [both["spearman"]], ">=", 0.999),
+        figure("fast_spearman", [tiers["spearman"]], ">=", 0.99),
+        figure("fast_top1_overlap", [tiers["top1_overlap"]], ">=", 0.95),
+        figure("memory_ratio", [results[f"fast-{many}"]["peak_gib"] / peer["peak_gib"]], "<=", 0.5),
+        figure("growth", [growth], "<=", 4.2),
+    ]
+    notes = {
+        "peer_covariance_steps": per_row(peer, "covariances", many),
+        "peer_lambda_steps": per_row(peer, "lambda", many),
+        "peer_scores_steps": peer_slope,
+        "peer_fixed_seconds": peer_fixed,
+        "fixed_seconds": fixed,
+        "peer_total_extrapolated_to_4096": whole,
+        "fast_scores_steps": slope(results, "fast", "scores", 1024, most),
+        "exact_memory_ratio": exact["peak_gib"] / peer["peak_gib"],
+        "fast_growth": fast["total"] / results[f"fast-{many}"]["total"],
+        "runs": results,
+        "peer_sizes": [few, many],
+    }
+    return [row | {"id": f"{name}_{row['id']}"} for row in rows], notes
+
+
+@click.command()
+@click.option("--network", "names", multiple=True, default=tuple(NETWORKS), show_default=True)
+@click.option("--work", default=ROOT / "scratch" / "ekfac", type=click.Path(path_type=Path))
+def main(names: tuple[str, ...], work: Path) -> None:
+    """Measure both networks and write benchmarks/results/ekfac.json."""
+    if "CIFAR10_FOLDER" not in os.environ:
+        raise click.UsageError("set CIFAR10_FOLDER")
+    work.mkdir(parents=True, exist_ok=True)
+    planted, figures, details = plant(), [], {}
+    for name in names:
+        problem = prepare(name, planted, work)
+        results = measure(name, problem, work)
+        rows, details[name] = figures_of(name, results, work / f"{name}-runs")
+        figures += rows
+    command = "CIFAR10_FOLDER=<folder> python -m benchmarks.ekfac"
+    settings = {
+        "queries": NUM_QUERIES,
+        "batch_size": BATCH_SIZE,
+        "damping": DAMPING,
+        "threads": torch.get_num_threads(),
+        "dtype": "float32; the fast tier multiplies in bfloat16",
+    }
+    save("ekfac", command, figures, settings=settings, **details)
+
+
+if __name__ == "__main__":
+    main()
