@@ -36,6 +36,7 @@ from defense.datasets.folder import Folder
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
+from defense.influence.store import Sketcher, StoreSettings, build_store, query_store
 from defense.influence.task import CLASSIFICATION
 from defense.models.assemble import build_model
 from defense.models.resnet import ResNet9, ResNet18
@@ -174,6 +175,33 @@ def measure_ours(problem: Problem, tier: str, count: int, folder: Path) -> dict[
     }
 
 
+def measure_store(problem: Problem, folder: Path) -> dict[str, Any]:
+    """Compare cosines from the row store with those of the same factors without it."""
+    rows, settings = problem.train, StoreSettings(batch_size=BATCH_SIZE, damping=DAMPING)
+    factors = fit_factors(problem.model, rows, FactorSettings(batch_size=BATCH_SIZE), generator())
+    direct = compute_influence(
+        problem.model, factors, problem.queries, rows,
+        ScoreSettings(batch_size=BATCH_SIZE, damping=DAMPING), self_influence=True,
+    ).cosine()[0]  # fmt: skip
+    begin = time.perf_counter()
+    store = build_store(problem.model, factors, rows, settings)
+    built = time.perf_counter() - begin
+    sketcher = Sketcher(problem.model, factors, settings, CLASSIFICATION)
+    one = Queries(*(part[:1] for part in vars(problem.queries).values()))
+    begin = time.perf_counter()
+    query_store(store, sketcher, one)
+    single = time.perf_counter() - begin
+    cosines = query_store(store, sketcher, problem.queries)
+    np.save(folder / "store.npy", cosines)
+    np.save(folder / "direct.npy", direct)
+    return {
+        "build": built,
+        "query": single,
+        "bytes_per_row": store.rows.shape[1] * store.rows.itemsize,
+        "components_mib": store.components.nbytes / 2**20,
+    }
+
+
 def generator() -> torch.Generator:
     """Return the generator of the label draws."""
     return torch.Generator().manual_seed(1)
@@ -212,6 +240,8 @@ def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]
             runs[f"kronfluence-{count}"] = partial(
                 measure_peer, problem.model, rows, labels, problem.queries, BATCH_SIZE, folder
             )
+        if count == max(SIZES):
+            runs["store"] = partial(measure_store, problem, folder)
         for key, run in runs.items():
             results[key] = turn(folder / f"{key}.json", problem, run)
             click.echo(f"{name} {key}: {results[key]}")
@@ -289,6 +319,8 @@ def figures_of(
         figure("fast_top1_overlap", [tiers["top1_overlap"]], ">=", 0.95),
         figure("memory_ratio", [results[f"fast-{many}"]["peak_gib"] / peer["peak_gib"]], "<=", 0.5),
         figure("growth", [growth], "<=", 4.2),
+        figure("store_pearson", [agreement(folder, "store", "direct")["pearson"]], ">=", 0.98),
+        figure("store_query_steps", [per_row(results["store"], "query", most)], "<=", 0.01),
     ]
     notes = {
         "peer_covariance_steps": per_row(peer, "covariances", many),

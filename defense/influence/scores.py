@@ -162,7 +162,7 @@ def compute_influence(
     scorer = _Scorer(network, metric, task, images, forecast.batch_size)
     scorer.key = [
         fingerprint(model, images),
-        _digest(factors, queries),
+        digest_of_inputs(factors, queries),
         f"{used} {self_influence} {forecast.batch_size} {type(task).__qualname__}".encode(),
         source_digest(Path(__file__).parent),
     ]
@@ -194,7 +194,8 @@ def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
     return torch.tensor(first), np.array(back)
 
 
-def _digest(factors: Factors, queries: Queries) -> bytes:
+def digest_of_inputs(factors: Factors, queries: Queries) -> bytes:
+    """Digest factors and queries."""
     digest = hashlib.sha256(f"{factors.tier} {list(factors.layers)}".encode())
     for layer in factors.layers.values():
         for part in vars(layer).values():

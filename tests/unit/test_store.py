@@ -1,0 +1,100 @@
+"""The row store: cosines from short vectors, for queries, rows, and rows it has not seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defense.errors import ArtifactError
+from defense.influence.scores import ScoreSettings, compute_influence
+from defense.influence.store import (
+    RowStore,
+    Sketcher,
+    StoreSettings,
+    build_store,
+    load_store,
+    query_store,
+)
+from defense.influence.task import CLASSIFICATION
+from defense.records import Queries
+from tests.conftest import make_images
+from tests.unit.test_resume import fit, small_model
+
+WIDE = StoreSettings(components=96, sketch=2**16, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model, images = small_model(), make_images(96, seed=4)
+    return model, images, fit(model, images, None, tier="exact")
+
+
+def queries_of(images, count: int) -> Queries:
+    other = make_images(count, seed=9)
+    nothing = torch.zeros(count, dtype=torch.int64)
+    return Queries(other.images(), other.targets(), nothing, nothing)
+
+
+def direct(problem, queries: Queries) -> np.ndarray:
+    model, images, factors = problem
+    settings = ScoreSettings(batch_size=16)
+    return compute_influence(
+        model, factors, queries, images, settings, self_influence=True
+    ).cosine()[0]
+
+
+def stored(problem, settings: StoreSettings, queries: Queries) -> tuple[RowStore, np.ndarray]:
+    model, images, factors = problem
+    store = build_store(model, factors, images, settings)
+    sketcher = Sketcher(model, factors, settings, CLASSIFICATION)
+    return store, query_store(store, sketcher, queries)
+
+
+@pytest.mark.parametrize("probe", [96, 64])
+def test_cosines_of_queries(problem, probe: int) -> None:
+    queries = queries_of(problem[1], 8)
+    settings = WIDE.model_copy(update={"probe": probe})
+    store, cosines = stored(problem, settings, queries)
+    assert store.rows.shape == (96, min(96, probe))
+    assert store.rows.dtype == np.float16
+    expected = direct(problem, queries)
+    assert np.corrcoef(cosines.ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_rows_against_rows(problem) -> None:
+    _, images, _ = problem
+    nothing = torch.zeros(96, dtype=torch.int64)
+    expected = direct(problem, Queries(images.images(), images.targets(), nothing, nothing))
+    store, _ = stored(problem, WIDE, queries_of(images, 1))
+    between = store.between(np.arange(96))
+    np.testing.assert_allclose(np.diagonal(between), 1, atol=0.01)
+    assert np.corrcoef(between.ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_fewer_components_and_coarser_sketches_are_worse(problem) -> None:
+    queries = queries_of(problem[1], 8)
+    expected = direct(problem, queries)
+    errors = [
+        np.abs(stored(problem, WIDE.model_copy(update=change), queries)[1] - expected).mean()
+        for change in ({}, {"components": 2}, {"sketch": 64})
+    ]
+    assert errors[0] < min(errors[1:])
+
+
+def test_a_store_is_kept_and_refuses_another_sketcher(problem, tmp_path: Path) -> None:
+    model, _, factors = problem
+    queries = queries_of(problem[1], 4)
+    store, cosines = stored(problem, WIDE, queries)
+    store.save(tmp_path / "store")
+    kept = load_store(tmp_path / "store")
+    sketcher = Sketcher(model, factors, WIDE, CLASSIFICATION)
+    np.testing.assert_array_equal(query_store(kept, sketcher, queries), cosines)
+    np.testing.assert_array_equal(kept.self_influence, store.self_influence)
+    other = Sketcher(model, factors, WIDE.model_copy(update={"seed": 1}), CLASSIFICATION)
+    with pytest.raises(ArtifactError, match="expected a sketcher with the store's settings"):
+        query_store(kept, other, queries)
+    file = tmp_path / "store" / "rows.npy"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ArtifactError, match="truncated or edited"):
+        load_store(tmp_path / "store")
