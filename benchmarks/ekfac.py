@@ -22,13 +22,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.ekfac_figures import BATCH_SIZE, PEER_SIZES, SIZES, figures_of
 from benchmarks.kronfluence_peer import measure_peer
-from benchmarks.record import figure, save
+from benchmarks.record import save
 from defense.artifacts import write_json
 from defense.attacks.badnets import BadNets
 from defense.compute import seeded, trim_memory
@@ -47,10 +46,7 @@ from defense.training import logits, train
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
-SIZES = (256, 1024, 4096)
-PEER_SIZES = {"resnet18": (256, 1024), "resnet9": (256, 1024, 4096)}
 NUM_QUERIES = 51
-BATCH_SIZE = 64
 DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
 RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
 
@@ -246,96 +242,6 @@ def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]
             results[key] = turn(folder / f"{key}.json", problem, run)
             click.echo(f"{name} {key}: {results[key]}")
     return results
-
-
-def slope(results: dict[str, dict[str, Any]], tool: str, phase: str, few: int, many: int) -> float:
-    """Training steps per row of a phase, from two numbers of rows."""
-    first, second = results[f"{tool}-{few}"], results[f"{tool}-{many}"]
-    step = (first["step"] + second["step"]) / 2
-    return (second[phase] - first[phase]) / (many - few) / (step / BATCH_SIZE)
-
-
-def per_row(result: dict[str, Any], phase: str, count: int) -> float:
-    """Training steps per row of a phase."""
-    return result[phase] / count / (result["step"] / BATCH_SIZE)
-
-
-def agreement(folder: Path, one: str, other: str) -> dict[str, float]:
-    """Compare two score matrices ``[q, n]``: over all entries, and the top 1 % of rows."""
-    a, b = (np.load(folder / f"{name}.npy") for name in (one, other))
-    top = max(1, a.shape[1] // 100)
-    shared = [
-        len(np.intersect1d(leaders(x, top), leaders(y, top))) for x, y in zip(a, b, strict=True)
-    ]
-    return {
-        "pearson": float(np.corrcoef(a.ravel(), b.ravel())[0, 1]),
-        "spearman": float(spearmanr(a.ravel(), b.ravel()).statistic),
-        "top1_overlap": float(np.mean(shared)) / top,
-    }
-
-
-def leaders(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Rows with the largest scores."""
-    return np.argsort(-scores, kind="stable")[:count]
-
-
-def peer_total(results: dict[str, dict[str, Any]], count: int, sizes: tuple[int, ...]) -> float:
-    """Extrapolate the peer's time from its two largest runs, linearly, phase by phase."""
-    few, many = sizes[-2:]
-    first, second = results[f"kronfluence-{few}"], results[f"kronfluence-{many}"]
-    grow = ("covariances", "lambda", "scores")
-    each = sum((second[phase] - first[phase]) / (many - few) for phase in grow)
-    return sum(second[phase] for phase in (*grow, "eigendecompositions")) + each * (count - many)
-
-
-def figures_of(
-    name: str, results: dict[str, dict[str, Any]], folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Derive the figures of one network, and the peer's numbers beside them."""
-    sizes = PEER_SIZES[name]
-    few, many, most = sizes[-2], 1024, max(SIZES)
-    exact, fast = results[f"exact-{many}"], results[f"fast-{most}"]
-    peer = results[f"kronfluence-{many}"]
-    peer_slope = slope(results, "kronfluence", "scores", 256, 1024)
-    peer_queries = peer["scores"] - peer_slope * many * peer["step"] / BATCH_SIZE
-    peer_fixed = peer["eigendecompositions"] + peer_queries
-    fixed = exact["eigendecompositions"] + exact["queries"]
-    both = agreement(folder, f"exact-{many}", f"kronfluence-{many}")
-    tiers = agreement(folder, f"fast-{most}", f"exact-{most}")
-    whole = peer_total(results, most, sizes)
-    epoch = most / BATCH_SIZE * fast["step"]
-    growth = results[f"exact-{most}"]["total"] / exact["total"]
-    rows = [
-        figure("covariance_steps", [per_row(exact, "covariances", many)], "<=", 2.5),
-        figure("lambda_steps", [per_row(exact, "lambda", many)], "<=", 4.5),
-        figure("scores_steps", [slope(results, "exact", "scores", 1024, most)], "<=", 2.5),
-        figure("fixed_ratio", [fixed / peer_fixed], "<=", 1 / 3),
-        figure("exact_speedup", [peer["total"] / exact["total"]], ">=", 8),
-        figure("fast_epochs", [fast["total"] / epoch], "<=", 4),
-        figure("fast_speedup", [whole / fast["total"]], ">=", 20),
-        figure("exact_pearson", [both["pearson"]], ">=", 0.9999),
-        figure("exact_spearman", [both["spearman"]], ">=", 0.999),
-        figure("fast_spearman", [tiers["spearman"]], ">=", 0.99),
-        figure("fast_top1_overlap", [tiers["top1_overlap"]], ">=", 0.95),
-        figure("memory_ratio", [results[f"fast-{many}"]["peak_gib"] / peer["peak_gib"]], "<=", 0.5),
-        figure("growth", [growth], "<=", 4.2),
-        figure("store_pearson", [agreement(folder, "store", "direct")["pearson"]], ">=", 0.98),
-        figure("store_query_steps", [per_row(results["store"], "query", most)], "<=", 0.01),
-    ]
-    notes = {
-        "peer_covariance_steps": per_row(peer, "covariances", many),
-        "peer_lambda_steps": per_row(peer, "lambda", many),
-        "peer_scores_steps": peer_slope,
-        "peer_fixed_seconds": peer_fixed,
-        "fixed_seconds": fixed,
-        "peer_total_extrapolated_to_4096": whole,
-        "fast_scores_steps": slope(results, "fast", "scores", 1024, most),
-        "exact_memory_ratio": exact["peak_gib"] / peer["peak_gib"],
-        "fast_growth": fast["total"] / results[f"fast-{many}"]["total"],
-        "runs": results,
-        "peer_sizes": [few, many],
-    }
-    return [row | {"id": f"{name}_{row['id']}"} for row in rows], notes
 
 
 @click.command()

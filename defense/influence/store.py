@@ -108,9 +108,12 @@ def load_store(path: Path) -> RowStore:
         ArtifactError: It is missing or damaged.
     """
     manifest = open_artifact(path, "row_store")
-    names = ("rows", "self_influence", "components")
-    parts = (read_array(path / f"{name}.npy", mapped=True) for name in names)
-    return RowStore(*parts, StoreSettings(**manifest.fact("settings")))
+    return RowStore(
+        read_array(path / "rows.npy", mapped=True),
+        read_array(path / "self_influence.npy"),
+        read_array(path / "components.npy", mapped=True),
+        StoreSettings(**manifest.fact("settings")),
+    )
 
 
 class Sketcher:
