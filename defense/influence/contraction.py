@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defense.influence.layers import Shape, Trace, activations, output_gradients
-from defense.influence.products import Workspace, product
+from defense.influence.products import Workspace, packed, product
 
 # Time of one multiply-add of a batched product, and of writing and reading one element of a
 # per-sample gradient, in multiply-adds of one large product.
@@ -22,7 +22,7 @@ ELEMENT = 32.0
 
 GROUP = 5 * 2**20  # elements of the activations that are treated together
 TILE = 2**22  # elements of the per-sample gradients that are held together
-LARGE_TILE = 2**24  # the same where each is multiplied by a wide matrix
+LARGE_TILE = 7 * 2**20  # the same where each is multiplied by a wide matrix; below 32 MiB
 
 
 @dataclass(frozen=True)
@@ -79,43 +79,55 @@ def cheapest_squares(shape: Shape) -> Order | Gramian:
     return min(ways, key=lambda order: order.cost(shape))
 
 
+class Rotation:
+    """Rotates the last dimension: ``[n, g, t, k]`` by ``[g, r, k]`` to ``[n, g, t, r]``."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        """Prepare for many products with the same matrices."""
+        single = len(matrices) == 1
+        self.matrices = packed(matrices[0]) if single else matrices.transpose(1, 2).contiguous()
+        self.single = single
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rotate."""
+        if not self.single:
+            return rows @ self.matrices
+        flat = product(rows.reshape(-1, rows.shape[-1]), self.matrices)
+        return flat.view(*rows.shape[:-1], -1)
+
+    def outputs(self, gradient: Tensor) -> Tensor:
+        """Rotate the outputs of gradients: ``[n, g, o, i]`` to ``[n, g, r, i]``."""
+        return self(gradient.transpose(2, 3)).transpose(2, 3)
+
+
 @dataclass(frozen=True)
 class Basis:
-    """Eigenvectors of a layer in rows, in the precision of the heavy products.
+    """Rotations of a layer's inputs and outputs, in the precision of the heavy products."""
 
-    Attributes:
-        inputs: ``[g, i, i]``.
-        outputs: ``[g, o, o]``.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
+    inputs: Rotation
+    outputs: Rotation
 
     @classmethod
     def of(
-        cls, activation: Tensor, gradient: Tensor, place: torch.device, dtype: torch.dtype
+        cls,
+        activation: Tensor,
+        gradient: Tensor,
+        place: torch.device,
+        dtype: torch.dtype,
+        *,
+        back: bool = False,
     ) -> "Basis":
-        """Turn eigenvectors from columns to rows, on a device, in a precision."""
-        sides = activation, gradient
-        return cls(*(side.to(place, dtype).transpose(1, 2).contiguous() for side in sides))
+        """Prepare the rotations into the eigenbasis, or back.
 
-    @property
-    def inverse(self) -> "Basis":
-        """The rotation back."""
-        return Basis(*(q.transpose(1, 2).contiguous() for q in (self.inputs, self.outputs)))
-
-
-def turn(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rotate the last dimension: ``[n, g, t, k]`` by ``[g, r, k]`` to ``[n, g, t, r]``."""
-    if basis.shape[0] > 1:
-        return rows @ basis.transpose(1, 2)
-    flat = product(rows.reshape(-1, rows.shape[-1]), basis[0])
-    return flat.view(*rows.shape[:-1], -1)
-
-
-def turn_outputs(gradient: Tensor, basis: Tensor) -> Tensor:
-    """Rotate the outputs of gradients: ``[n, g, o, i]`` by ``[g, r, o]`` to ``[n, g, r, i]``."""
-    return turn(gradient.transpose(2, 3), basis).transpose(2, 3)
+        Args:
+            activation: Eigenvectors in columns, ``[g, i, i]``.
+            gradient: Eigenvectors in columns, ``[g, o, o]``.
+            place: The device.
+            dtype: Precision of the products.
+            back: From the eigenbasis instead of into it.
+        """
+        sides = (side.to(place, dtype) for side in (activation, gradient))
+        return cls(*(Rotation(side if back else side.transpose(1, 2)) for side in sides))
 
 
 def balanced(count: int, limit: int) -> Iterator[slice]:
@@ -153,9 +165,9 @@ def gradients(
         for part in balanced(len(a), tile // (shape.groups * shape.outputs * shape.inputs)):
             gradient = _contract(a[part], s[part], space)
             if not order.inputs_first:
-                gradient = turn(gradient, basis.inputs)
+                gradient = basis.inputs(gradient)
             if not order.outputs_first:
-                gradient = turn_outputs(gradient, basis.outputs)
+                gradient = basis.outputs.outputs(gradient)
             yield slice(group.start + part.start, group.start + part.stop), gradient
 
 
@@ -181,9 +193,9 @@ def _sides(
         part = trace.rows(group)
         a, s = activations(part, dtype, space), output_gradients(part, dtype)
         if basis is not None and order.inputs_first:
-            a = turn(a, basis.inputs)
+            a = basis.inputs(a)
         if basis is not None and order.outputs_first:
-            s = turn(s, basis.outputs)
+            s = basis.outputs(s)
         yield group, a, s
 
 

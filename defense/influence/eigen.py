@@ -44,7 +44,7 @@ def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
 def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
     try:
         if matrix.dtype == torch.float32 and len(matrix) >= SINGLE_FROM:
-            vectors = _decompose(matrix)
+            vectors = _decompose(matrix.clone())
             if _departure(vectors) < ORTHOGONAL:
                 return vectors
         return _decompose(matrix.double())
@@ -60,7 +60,10 @@ def _decompose(matrix: Tensor) -> Tensor:
         return torch.linalg.eigh(matrix).eigenvectors
     if matrix.dtype == torch.float64:
         return torch.from_numpy(np.linalg.eigh(matrix.numpy()).eigenvectors)
-    return torch.from_numpy(scipy.linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)[1])
+    _, vectors = scipy.linalg.eigh(
+        matrix.numpy().T, driver="evd", check_finite=False, overwrite_a=True
+    )  # the transpose lies in memory as LAPACK wants it, so nothing is copied
+    return torch.from_numpy(vectors)
 
 
 def _departure(vectors: Tensor) -> float:

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from defense.influence.contraction import (
+    LARGE_TILE,
     Basis,
     cheapest,
     gradients,
     raw_tiles,
     tile_outputs,
-    turn,
-    turn_outputs,
 )
 from defense.influence.layers import Shape, Trace
 from defense.influence.products import Workspace, heavy_dtype, product
@@ -47,12 +46,19 @@ class Metric:
         """Return a layer's eigenvectors, kept if they are needed for every batch."""
         known = self.bases.get(name)
         if known is None:
-            layer = self.layers[name]
-            sides = layer.activation_eigenvectors, layer.gradient_eigenvectors
-            known = Basis.of(*sides, self.place, self.dtype)
+            known = self._rotations(name, back=False)
             if self.keep:
                 self.bases[name] = known
         return known
+
+    def back(self, name: str) -> Basis:
+        """Return the rotations back from a layer's eigenbasis."""
+        return self._rotations(name, back=True)
+
+    def _rotations(self, name: str, *, back: bool) -> Basis:
+        layer = self.layers[name]
+        sides = layer.activation_eigenvectors, layer.gradient_eigenvectors
+        return Basis.of(*sides, self.place, self.dtype, back=back)
 
     def weights(self, name: str) -> Tensor:
         """Inverse damped eigenvalues of a layer: ``[d, g, o, i]``."""
@@ -94,16 +100,15 @@ class QuerySide:
             return
         metric, order = self.metric, cheapest(trace.shape)
         basis, weights = metric.basis(name), metric.weights(name)
-        back = basis.inverse
-        for part, gradient in gradients(trace, basis, order, metric.dtype, metric.space):
+        back, tile = metric.back(name), LARGE_TILE
+        for part, gradient in gradients(trace, basis, order, metric.dtype, metric.space, tile):
             wide = gradient.to(metric.wide)
             place = first + part.start
             for number, weight in enumerate(weights):
                 room = metric.space.take("scaled", wide.shape, wide.dtype, wide.device)
                 scaled = torch.mul(wide, weight, out=room)
                 self.norms[number, place : place + len(wide)] += (scaled * wide).flatten(1).sum(1)
-                plain = turn(scaled.to(metric.dtype), back.inputs)
-                plain = turn_outputs(plain, back.outputs)
+                plain = back.outputs.outputs(back.inputs(scaled.to(metric.dtype)))
                 self._store(name, trace.shape, number * self.count + place, plain)
 
     def _store(self, name: str, shape: Shape, first: int, gradient: Tensor) -> None:

@@ -12,7 +12,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )  # on CPUs its fp32 kernel can be twice as fast as the BLAS behind torch.matmul
 
-WIDE = 256  # columns from which it pays to bring outer products into the layout of `product`
+PACKED = (torch.float32, torch.bfloat16)
+WIDE = 128  # columns from which it pays to bring outer products into the layout of `product`
 
 
 def heavy_dtype(place: torch.device) -> torch.dtype:
@@ -20,11 +21,22 @@ def heavy_dtype(place: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(place) else torch.float32
 
 
+def packed(right: Tensor) -> Tensor:
+    """Bring the right side ``[n, k]`` of many products into the layout of the hardware."""
+    if _ONEDNN and right.device.type == "cpu" and right.dtype in PACKED:
+        return cast(Tensor, cast(Any, torch.ops.mkldnn)._reorder_linear_weight(right.contiguous()))
+    return right
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply ``[m, k]`` by the transpose of ``[n, k]``: ``[m, n]`` in the operands' dtype."""
-    if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
+    """Multiply ``[m, k]`` by the transpose of ``[n, k]``: ``[m, n]`` in the operands' dtype.
+
+    The right side may be `packed`.
+    """
+    if right.is_mkldnn or (_ONEDNN and left.is_cpu and left.dtype == torch.float32):
         operation = cast(Any, torch.ops.mkldnn)._linear_pointwise
-        return cast(Tensor, operation(left.contiguous(), right.contiguous(), None, "none", [], ""))
+        plain = right if right.is_mkldnn else right.contiguous()
+        return cast(Tensor, operation(left.contiguous(), plain, None, "none", [], ""))
     return left @ right.T
 
 

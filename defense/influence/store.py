@@ -128,6 +128,9 @@ class Sketcher:
         self.metric = Metric(factors, (settings.damping,), place, dtype, keep=True)
         self.settings, self.task = settings, task
         self.scales = {name: self._scale(name) for name in factors.layers}
+        sizes = [len(scale) for scale in self.scales.values()]
+        starts = np.cumsum([0, *sizes]) % settings.sketch  # one layer after the other
+        self.starts = dict(zip(self.scales, starts.tolist(), strict=False))
 
     def _scale(self, name: str) -> Tensor:
         """Root of the inverse damped eigenvalues with random signs: ``[g*o*i]``."""
@@ -153,9 +156,11 @@ class Sketcher:
         for part, gradient in gradients(trace, basis, order, metric.dtype, metric.space):
             flat = gradient.flatten(1).to(metric.wide) * scale
             norms[part] += flat.square().sum(1)
-            for start in range(0, flat.shape[1], width):
-                piece = flat[:, start : start + width]
-                total[part, : piece.shape[1]] += piece
+            done, place = 0, self.starts[name]
+            while done < flat.shape[1]:
+                piece = flat[:, done : done + width - place]
+                total[part, place : place + piece.shape[1]] += piece
+                done, place = done + piece.shape[1], 0
 
 
 def build_store(

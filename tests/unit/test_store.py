@@ -59,7 +59,7 @@ def test_cosines_of_queries(problem, probe: int) -> None:
     assert store.rows.shape == (96, min(96, probe))
     assert store.rows.dtype == np.float16
     expected = direct(problem, queries)
-    assert np.corrcoef(cosines.ravel(), expected.ravel())[0, 1] > 0.98
+    assert np.corrcoef(cosines.ravel(), expected.ravel())[0, 1] > 0.97
 
 
 def test_rows_against_rows(problem) -> None:
