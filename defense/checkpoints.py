@@ -1,6 +1,7 @@
 """Checkpoints of long computations, named by a digest of everything that determines them."""
 
 import hashlib
+import inspect
 import math
 import tempfile
 import time
@@ -17,6 +18,8 @@ from torch import nn
 from defense.records import ImageSet
 
 CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one step
+CHUNK_BYTES = 2**24  # pixels that are digested at a time
+PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Checkpoint:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            return dict(torch.load(self.path, weights_only=True))
+            return dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except MemoryError:
+            raise
         except Exception as error:  # torch.load raises many kinds on damaged files
             warnings.warn(f"{self.path} is damaged, starting again ({error})", stacklevel=2)
             self.path.unlink()
@@ -81,14 +86,35 @@ class Checkpoint:
 
 
 def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
-    """Digest a model's structure and weights, and every pixel and label of a set."""
-    digest = hashlib.sha256(f"{model}".encode())
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(images.labels.tobytes())
-    for rows in np.array_split(np.arange(len(images)), len(images) // 4096 + 1):
-        digest.update(images.uint8(rows).tobytes())
+    """Digest a model's structure, code and weights, and every pixel and label of a set."""
+    digest = hashlib.sha256(_structure(model))
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(np.ascontiguousarray(images.labels).data)
+    rows = max(1, CHUNK_BYTES // math.prod(images.shape))
+    for start in range(0, len(images), rows):
+        digest.update(images.uint8(slice(start, start + rows)).data)
     return digest.digest()
+
+
+def _structure(model: nn.Module) -> bytes:
+    """Describe every module: its class, its plain attributes, and its source unless torch's."""
+    facts, sources = [], {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+        facts.append((name, kind.__module__, kind.__qualname__, sorted(plain.items())))
+        if not kind.__module__.startswith("torch."):
+            sources[kind.__qualname__] = _source(kind)
+    return repr((facts, sorted(sources.items()))).encode()
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # defined where no file is left, such as a prompt
+        return ""
 
 
 def source_digest(package: Path) -> bytes:

@@ -15,13 +15,16 @@ from torch import nn
 
 from defense.artifacts import open_artifact, write_artifact
 from defense.checkpoints import fingerprint, source_digest
+from defense.compute import device
 from defense.errors import ArtifactError
 from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.products import arithmetic
 from defense.influence.scores import (
     Influence,
     ScoreSettings,
     compute_influence,
-    digest_of_inputs,
+    digest_of_factors,
+    digest_of_queries,
 )
 from defense.influence.task import CLASSIFICATION, Task
 from defense.records import Factors, ImageSet, Queries
@@ -45,7 +48,7 @@ def cached_factors(
         model: The suspect model.
         images: The training set.
         settings: How to estimate.
-        generator: Draws labels; it is only advanced if the factors have to be fitted.
+        generator: Draws labels; afterwards it stands where `fit_factors` leaves it.
         task: Loss and label distribution of the model.
     """
     place = _place(
@@ -54,12 +57,14 @@ def cached_factors(
         fingerprint(model, images),
         settings.model_dump_json().encode(),
         generator.get_state().numpy().tobytes(),
-        type(task).__qualname__.encode(),
+        task.digest(),
     )
     kept = _open(place, lambda path: load_factors(path)[0])
     if kept is None:
         kept = fit_factors(model, images, settings, generator, task, scratch=folder)
         save_factors(place, kept, inputs={})
+    else:
+        torch.rand(len(images), generator=generator)
     return kept
 
 
@@ -92,9 +97,11 @@ def cached_influence(
         folder,
         "influence",
         fingerprint(model, images),
-        digest_of_inputs(factors, queries),
+        digest_of_factors(factors),
+        digest_of_queries(queries),
         settings.model_dump_json().encode(),
-        f"{dampings} {self_influence} {type(task).__qualname__}".encode(),
+        f"{dampings} {self_influence}".encode(),
+        task.digest(),
     )
     kept = _open(place, _load_influence)
     if kept is None:
@@ -115,7 +122,8 @@ def cached_influence(
 
 
 def _place(folder: Path, kind: str, *parts: bytes) -> Path:
-    digest = hashlib.sha256(b"\0".join([*parts, source_digest(Path(__file__).parent)]))
+    always = arithmetic(device()), source_digest(Path(__file__).parent)
+    digest = hashlib.sha256(b"\0".join([*parts, *always]))
     return folder / f"{kind}-{digest.hexdigest()[:32]}"
 
 

@@ -91,7 +91,9 @@ class Rotation:
     def __call__(self, rows: Tensor) -> Tensor:
         """Rotate."""
         if not self.single:
-            return rows @ self.matrices
+            n, groups, t, k = rows.shape
+            flat = rows.transpose(0, 1).reshape(groups, n * t, k) @ self.matrices
+            return flat.view(groups, n, t, -1).transpose(0, 1)
         flat = product(rows.reshape(-1, rows.shape[-1]), self.matrices)
         return flat.view(*rows.shape[:-1], -1)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from defense.influence.contraction import GROUP, balanced
 from defense.influence.layers import Trace, activations, output_gradients
 from defense.influence.products import Workspace, outer
 
@@ -59,6 +60,12 @@ class Gram(Covariance):
 
     def add(self, trace: Trace, dtype: torch.dtype, space: Workspace) -> None:
         """See `Covariance.add`."""
+        shape = trace.shape
+        size = shape.groups * shape.positions * max(shape.inputs, shape.outputs)
+        for part in balanced(len(trace), GROUP // size):
+            self._add(trace.rows(part), dtype, space)
+
+    def _add(self, trace: Trace, dtype: torch.dtype, space: Workspace) -> None:
         if self.side == "gradient":
             rows = output_gradients(trace, dtype)
         else:

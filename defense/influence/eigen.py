@@ -42,17 +42,26 @@ def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
 
 
 def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
+    if matrix.dtype == torch.float32 and len(matrix) >= SINGLE_FROM:
+        vectors = _single(matrix)
+        if vectors is not None:
+            return vectors
     try:
-        if matrix.dtype == torch.float32 and len(matrix) >= SINGLE_FROM:
-            vectors = _decompose(matrix.clone())
-            if _departure(vectors) < ORTHOGONAL:
-                return vectors
         return _decompose(matrix.double())
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
         raise NumericalError(
             f"the eigendecomposition of the {side} covariance of layer {name} failed ({error}); "
             "fit the factors on more rows"
         ) from error
+
+
+def _single(matrix: Tensor) -> Tensor | None:
+    """Solve in float32; None if that fails or the result is not orthonormal."""
+    try:
+        vectors = _decompose(matrix.clone())
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+        return None
+    return vectors if _departure(vectors) < ORTHOGONAL else None
 
 
 def _decompose(matrix: Tensor) -> Tensor:

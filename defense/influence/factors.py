@@ -21,7 +21,7 @@ from defense.influence.eigen import eigenvectors
 from defense.influence.forecast import Memory, forecast_factors
 from defense.influence.layers import Trace, coverage
 from defense.influence.network import Network
-from defense.influence.products import Workspace, heavy_dtype
+from defense.influence.products import Workspace, arithmetic, heavy_dtype
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
 from defense.records import Factors, ImageSet, LayerFactors, Tier
@@ -98,7 +98,8 @@ def fit_factors(
         scratch,
         fingerprint(model, images),
         settings.model_dump_json().encode(),
-        f"{type(task).__qualname__} {forecast.batch_size}".encode(),
+        task.digest(),
+        arithmetic(network.place),
         draws.numpy().tobytes(),
         source_digest(Path(__file__).parent),
     )
@@ -170,6 +171,7 @@ class _Fit:
         self.checkpoint, state = checkpoint, checkpoint.load()
         if state is not None:
             place = self.network.place
+            self.batch_size = state["batch_size"]
             self.done, self.mass = state["done"], state["mass"]
             for key, parts in state["covariances"].items():
                 self.sums[key] = self.covariance(key, state["sizes"][key])
@@ -181,6 +183,7 @@ class _Fit:
         """Save everything that has been summed, if it is time to."""
         self.checkpoint.save(
             {
+                "batch_size": self.batch_size,
                 "done": self.done,
                 "mass": self.mass,
                 "covariances": {key: sums.parts for key, sums in self.sums.items()},

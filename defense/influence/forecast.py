@@ -14,7 +14,13 @@ from torch import Tensor
 
 from defense.compute import trim_memory
 from defense.errors import DefenseError
-from defense.influence.contraction import GROUP, TILE, cheapest, cheapest_squares
+from defense.influence.contraction import (
+    GROUP,
+    LARGE_TILE,
+    TILE,
+    cheapest,
+    cheapest_squares,
+)
 from defense.influence.layers import Shape, Trace
 from defense.influence.network import Network
 from defense.influence.products import product
@@ -23,6 +29,8 @@ from defense.records import ImageSet, Tier
 GIB = 2**30
 SAMPLE_ROWS = 4  # rows a forecast is measured on
 SLACK = 1.25  # allowance for what allocators keep beyond what is in use
+WORK = 4 * (GROUP + 2 * TILE) + 24 * LARGE_TILE  # bytes of the buffers of a step
+SOLVER = 40  # bytes an eigenproblem takes for every entry, in float64
 LEAST_BATCH = 8  # rows below which more passes over the data are better than smaller batches
 PROBE = 1024  # width of the product whose rate is measured
 
@@ -85,6 +93,11 @@ class Survey:
     row_bytes: float
     row_seconds: float
     macs_per_second: float
+
+    @property
+    def widest(self) -> int:
+        """Entries of the largest basis."""
+        return max(s.groups * max(s.inputs, s.outputs) ** 2 for s in self.shapes.values())
 
 
 def survey(network: Network, images: ImageSet) -> Survey:
@@ -163,13 +176,16 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
         DefenseError: The memory limit is too small.
     """
     known = survey(network, images)
-    fixed, macs, orders = 4.0 * (GROUP + 3 * TILE), 0.0, {}
+    macs, orders, bases, squares = 0.0, {}, 0, 0
     for name, shape in known.shapes.items():
         order = cheapest_squares(shape)
         sides = shape.groups * (shape.inputs**2 + shape.outputs**2)
-        fixed += 4 * (2 * sides + shape.groups * shape.inputs * shape.outputs)
+        bases += 4 * sides
+        squares += 4 * shape.groups * shape.inputs * shape.outputs
         macs += order.cost(shape) + shape.positions * sides / 4
         orders[name] = f"{_size(shape)}  lambda {order}, {order.cost(shape) / 1e6:,.0f} M"
+    # Beside the bases either one eigenproblem, or the packed bases and the squares.
+    fixed = WORK + bases + max(SOLVER * known.widest, bases + squares)
     batch = memory.batch(fixed, known.row_bytes)
     if batch == 0:
         raise memory.refuse(fixed, known.row_bytes)
@@ -184,37 +200,47 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
     return Forecast(f"EK-FAC factors, {tier}", orders, batch, num_passes, seconds, gib)
 
 
+@dataclass(frozen=True)
+class QueryLoad:
+    """What has to be held to score.
+
+    Attributes:
+        count: Distinct queries.
+        dampings: Dampings.
+        number_bytes: Of one number of a preconditioned gradient.
+        norms: Whether the rows' own norms are computed, for which all bases are kept.
+    """
+
+    count: int
+    dampings: int
+    number_bytes: int
+    norms: bool
+
+
 def forecast_scores(
-    network: Network, images: ImageSet, num_queries: int, bytes_each: int, memory: Memory
+    network: Network, images: ImageSet, load: QueryLoad, memory: Memory
 ) -> Forecast:
     """Forecast pairwise scores.
-
-    Args:
-        network: The model.
-        images: The rows to score.
-        num_queries: Distinct queries times dampings.
-        bytes_each: Of one number of a preconditioned gradient.
-        memory: What may be used.
 
     Raises:
         DefenseError: The memory limit is too small.
     """
-    known = survey(network, images)
-    widest = max(s.groups * (s.inputs**2 + s.outputs**2) for s in known.shapes.values())
-    fixed, row, query, orders = 4.0 * (GROUP + 3 * TILE) + 8 * widest, 0.0, 0.0, {}
-    elements = 0
+    known, held = survey(network, images), load.count * load.dampings
+    row, query, orders, elements, bases = 0.0, 0.0, {}, 0, 0
     for name, shape in known.shapes.items():
         size, order = shape.groups * shape.outputs * shape.inputs, cheapest(shape)
         elements += size
-        row += 2 * shape.positions * size + num_queries * size
+        bases += 4 * shape.groups * (shape.inputs**2 + shape.outputs**2)
+        row += 2 * shape.positions * size + held * size + load.norms * order.cost(shape)
         query += order.cost(shape) + size * (shape.inputs + shape.outputs)
         orders[name] = f"{_size(shape)}  queries {order}, {order.cost(shape) / 1e6:,.0f} M"
-    passes, batch = _passes(memory, fixed, known.row_bytes, num_queries, elements * bytes_each)
+    fixed = WORK + 24 * known.widest + (bases + 4 * elements if load.norms else 0)
+    each_query = load.dampings * elements * load.number_bytes
+    passes, batch = _passes(memory, fixed, known.row_bytes, load.count, each_query)
     each = known.row_seconds * passes + row / known.macs_per_second
-    seconds = len(images) * each + num_queries * query / known.macs_per_second
-    held = fixed + num_queries * elements * bytes_each / passes
-    gib = (resident() + held + batch * known.row_bytes) / GIB
-    return Forecast(f"scores, {num_queries:,} queries", orders, batch, passes, seconds, gib)
+    seconds = len(images) * each + held * query / known.macs_per_second
+    gib = (resident() + fixed + load.count * each_query / passes + batch * known.row_bytes) / GIB
+    return Forecast(f"scores, {held:,} queries", orders, batch, passes, seconds, gib)
 
 
 def _passes(

@@ -38,6 +38,11 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
     for name, module in model.named_modules():
         if any(name == left or name.startswith(f"{left}.") for left in exclude):
             continue
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise UnsupportedLayerError(
+                f"{name} ({type(module).__name__}) keeps no running statistics, so a sample's "
+                "gradient depends on its batch; train it with track_running_stats=True"
+            )
         if isinstance(module, Layer):
             layers[name] = module
         elif list(module.parameters(recurse=False)) and not isinstance(module, NORMALISATIONS):

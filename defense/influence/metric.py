@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from defense.errors import NumericalError
 from defense.influence.contraction import (
     LARGE_TILE,
     Basis,
@@ -64,7 +65,13 @@ class Metric:
         """Inverse damped eigenvalues of a layer: ``[d, g, o, i]``."""
         eigenvalues = self.layers[name].lambda_matrix.to(self.place, self.wide)
         mean = eigenvalues.mean()
-        return torch.stack([1 / (eigenvalues + damping * mean) for damping in self.dampings])
+        inverse = torch.stack([1 / (eigenvalues + damping * mean) for damping in self.dampings])
+        if not inverse.isfinite().all():
+            raise NumericalError(
+                f"expected eigenvalues of layer {name} whose damped inverse is finite, got a mean "
+                f"of {float(mean)}: the model is saturated, train it again or raise the damping"
+            )
+        return inverse
 
     def add_norms(self, norms: Tensor, name: str, trace: Trace) -> None:
         """Add a layer's part of ``v^T H^-1 v`` to `norms` ``[d, n]``."""

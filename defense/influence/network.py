@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import cast
 
 import numpy as np
 import torch
@@ -40,6 +42,14 @@ class Affine(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
+def _repeatable() -> AbstractContextManager[None]:
+    """Keep convolutions on CUDA in full float32, and their sums in one order."""
+    flags = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return cast(AbstractContextManager[None], flags)
+
+
 def _replace_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d and child.running_mean is not None:
@@ -69,6 +79,8 @@ class Network:
         """
         self.place = device()
         self.model = copy.deepcopy(model).to(self.place).to(memory_format=torch.channels_last)
+        if all(p.dtype != torch.float64 for p in self.model.parameters()):
+            self.model.float()
         self.model.eval().requires_grad_(False)
         _replace_norms(self.model)
         self.layers = find_layers(self.model, exclude)
@@ -82,7 +94,8 @@ class Network:
         self.tape.start(len(images))
         layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
         x = images.to(self.place, self.dtype, memory_format=layout)
-        result: Tensor = self.model(x)
+        with _repeatable():
+            result: Tensor = self.model(x)
         return result.to(self.dtype)
 
     def rows(self, images: ImageSet, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -95,4 +108,5 @@ class Network:
 
     def backward(self, outputs: Tensor, cotangents: Tensor, *visits: Visit) -> None:
         """See `Tape.backward`."""
-        self.tape.backward(outputs, cotangents, *visits)
+        with _repeatable():
+            self.tape.backward(outputs, cotangents, *visits)

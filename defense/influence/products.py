@@ -21,6 +21,11 @@ def heavy_dtype(place: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(place) else torch.float32
 
 
+def arithmetic(place: torch.device) -> bytes:
+    """Name what decides the last digits: the kind of device and its heavy precision."""
+    return f"{place.type} {heavy_dtype(place)}".encode()
+
+
 def packed(right: Tensor) -> Tensor:
     """Bring the right side ``[n, k]`` of many products into the layout of the hardware."""
     if _ONEDNN and right.device.type == "cpu" and right.dtype in PACKED:

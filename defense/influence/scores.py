@@ -17,10 +17,10 @@ from defense.checkpoints import Checkpoint, fingerprint, source_digest
 from defense.compute import batches, timed, trim_memory
 from defense.errors import ArtifactError
 from defense.influence.contraction import balanced
-from defense.influence.forecast import Memory, forecast_scores
+from defense.influence.forecast import Forecast, Memory, QueryLoad, forecast_scores
 from defense.influence.metric import Metric, QuerySide
 from defense.influence.network import Network
-from defense.influence.products import heavy_dtype
+from defense.influence.products import arithmetic, heavy_dtype
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
 from defense.records import Factors, ImageSet, Queries
@@ -157,18 +157,25 @@ def compute_influence(
     fast = factors.tier == "fast"
     size = 2 if fast and heavy_dtype(network.place) == torch.bfloat16 else network.dtype.itemsize
     memory = Memory(settings.batch_size, settings.memory_limit)
-    forecast = forecast_scores(network, images, len(unique) * len(used), size, memory)
+    held = QueryLoad(len(unique), len(used), size, self_influence)
+    forecast = forecast_scores(network, images, held, memory)
     logger.info("%s", forecast)
-    scorer = _Scorer(network, metric, task, images, forecast.batch_size)
-    scorer.key = [
+    checkpoint = Checkpoint.at(
+        scratch,
         fingerprint(model, images),
-        digest_of_inputs(factors, queries),
-        f"{used} {self_influence} {forecast.batch_size} {type(task).__qualname__}".encode(),
+        digest_of_factors(factors),
+        digest_of_queries(queries),
+        settings.model_dump_json().encode(),
+        f"{used} {self_influence}".encode(),
+        task.digest(),
+        arithmetic(network.place),
         source_digest(Path(__file__).parent),
-    ]
-    asked = queries.images[unique], queries.labels[unique]
-    margin, norms = scorer.run(*asked, forecast.num_passes, scratch)
-    return Influence(margin[:, back], scorer.scale, scorer.own, norms[:, back])
+    )
+    scorer = _Scorer(network, metric, task, images, forecast)
+    margin, norms = scorer.run(queries.images[unique], queries.labels[unique], checkpoint)
+    if len(unique) < len(back):
+        margin = margin[:, back]
+    return Influence(margin, scorer.scale, scorer.own, norms[:, back])
 
 
 def _require_same_layers(factors: Factors, network: Network) -> None:
@@ -186,7 +193,7 @@ def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
     first: list[int] = []
     back: list[int] = []
     for number, (image, label) in enumerate(zip(queries.images, queries.labels, strict=True)):
-        key = image.numpy().tobytes(), int(label)
+        key = hashlib.sha256(image.contiguous().numpy().data).digest(), int(label)
         if key not in seen:
             seen[key] = len(first)
             first.append(number)
@@ -194,13 +201,19 @@ def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
     return torch.tensor(first), np.array(back)
 
 
-def digest_of_inputs(factors: Factors, queries: Queries) -> bytes:
-    """Digest factors and queries."""
+def digest_of_factors(factors: Factors) -> bytes:
+    """Digest factors."""
     digest = hashlib.sha256(f"{factors.tier} {list(factors.layers)}".encode())
     for layer in factors.layers.values():
         for part in vars(layer).values():
-            digest.update(part.numpy().tobytes())
-    digest.update(queries.images.numpy().tobytes() + queries.labels.numpy().tobytes())
+            digest.update(part.contiguous().numpy().data)
+    return digest.digest()
+
+
+def digest_of_queries(queries: Queries) -> bytes:
+    """Digest queries."""
+    digest = hashlib.sha256(queries.images.contiguous().numpy().data)
+    digest.update(queries.labels.contiguous().numpy().data)
     return digest.digest()
 
 
@@ -208,38 +221,41 @@ class _Scorer:
     """The passes over the rows, with what they share."""
 
     def __init__(
-        self, network: Network, metric: Metric, task: Task, images: ImageSet, batch_size: int
+        self, network: Network, metric: Metric, task: Task, images: ImageSet, plan: Forecast
     ) -> None:
         self.network, self.metric, self.task = network, metric, task
-        self.images, self.batch_size = images, batch_size
-        self.key: list[bytes] = []
+        self.images = images
+        self.batch_size, self.num_passes = plan.batch_size, plan.num_passes
         kind = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
         self.scale: Reals = np.zeros(len(images), dtype=kind)
         self.own: Reals = np.full((len(metric.dampings), len(images)), np.nan, dtype=kind)
 
-    def run(
-        self, images: Tensor, labels: Tensor, num_passes: int, scratch: Path | None
-    ) -> tuple[Reals, Reals]:
+    def run(self, images: Tensor, labels: Tensor, checkpoint: Checkpoint) -> tuple[Reals, Reals]:
         """Score all queries, in groups if they do not fit: ``[d, q, n]`` and ``[d, q]``."""
         count, dampings = len(labels), len(self.metric.dampings)
-        shape = dampings, count, len(self.images)
-        checkpoint = Checkpoint.at(scratch, *self.key)
-        margin, state = checkpoint.array(shape, self.scale.dtype), checkpoint.load()
-        if state is None:
-            state = {"pass": 0, "row": 0}
-        else:
-            self.scale, self.own = state["scale"].numpy(), state["own"].numpy()
+        margin = checkpoint.array((dampings, count, len(self.images)), self.scale.dtype)
+        current, row = self._resume(checkpoint)
         norms = np.empty((dampings, count), dtype=self.scale.dtype)
-        for number, group in enumerate(balanced(count, -(-count // num_passes))):
+        for number, group in enumerate(balanced(count, -(-count // self.num_passes))):
             with timed("queries"):
                 side = self.query_side(images[group], labels[group])
             norms[:, group] = side.norms.cpu().numpy()
-            if number >= state["pass"]:
-                first = state["row"] if number == state["pass"] else 0
+            if number >= current:
+                first = row if number == current else 0
                 with timed("rows"):
                     self.rows_side(margin[:, group], side, first, number, checkpoint)
+            del side  # before the next group takes its place
         checkpoint.remove()
         return margin, norms
+
+    def _resume(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Take over a checkpoint and its plan; returns the pass and the row it was at."""
+        state = checkpoint.load()
+        if state is None:
+            return 0, 0
+        self.batch_size, self.num_passes = state["batch_size"], state["num_passes"]
+        self.scale, self.own = state["scale"].numpy(), state["own"].numpy()
+        return state["pass"], state["row"]
 
     def query_side(self, images: Tensor, labels: Tensor) -> QuerySide:
         """Precondition the measure gradients of some queries."""
@@ -281,4 +297,5 @@ class _Scorer:
         if checkpoint.due():
             margin.flush()
             parts = {"scale": torch.from_numpy(self.scale), "own": torch.from_numpy(self.own)}
-            checkpoint.save({"pass": number, "row": row, **parts})
+            plan = {"batch_size": self.batch_size, "num_passes": self.num_passes}
+            checkpoint.save({"pass": number, "row": row, **plan, **parts})

@@ -7,6 +7,7 @@ what rows have in common and drop most of the sketch's noise. Afterwards any que
 own gradient and one product with the stored vectors, and so does any row-by-row matrix.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from defense.influence.layers import Trace
 from defense.influence.metric import Metric
 from defense.influence.network import Network
 from defense.influence.products import product
+from defense.influence.scores import digest_of_factors
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
 from defense.records import Factors, ImageSet, Queries
@@ -63,12 +65,14 @@ class RowStore:
         self_influence: float32 ``[n]``; ``grad measure^T H^-1 grad measure`` of every row.
         components: float16 ``[sketch, k]``; from sketches to stored vectors.
         settings: How it was made.
+        origin: Digest of the model and the factors.
     """
 
     rows: NDArray[np.float16]
     self_influence: NDArray[np.float32]
     components: NDArray[np.float16]
     settings: StoreSettings
+    origin: str
 
     def cosine(self, vectors: Tensor) -> NDArray[np.float32]:
         """Cosine of some vectors ``[q, k]`` with every row: ``[q, n]``."""
@@ -97,7 +101,7 @@ class RowStore:
             "self_influence.npy": array(self.self_influence),
             "components.npy": array(self.components),
         }
-        meta = {"settings": self.settings.model_dump(mode="json")}
+        meta = {"settings": self.settings.model_dump(mode="json"), "origin": self.origin}
         return write_artifact(path, "row_store", files, meta=meta, inputs=inputs)
 
 
@@ -113,6 +117,7 @@ def load_store(path: Path) -> RowStore:
         read_array(path / "self_influence.npy"),
         read_array(path / "components.npy", mapped=True),
         StoreSettings(**manifest.fact("settings")),
+        manifest.fact("origin"),
     )
 
 
@@ -127,6 +132,7 @@ class Sketcher:
         place, dtype = self.network.place, self.network.dtype
         self.metric = Metric(factors, (settings.damping,), place, dtype, keep=True)
         self.settings, self.task = settings, task
+        self.origin = _origin(model, factors)
         self.scales = {name: self._scale(name) for name in factors.layers}
         sizes = [len(scale) for scale in self.scales.values()]
         starts = np.cumsum([0, *sizes]) % settings.sketch  # one layer after the other
@@ -146,7 +152,7 @@ class Sketcher:
         norms = total.new_zeros(len(images))
         slope = cotangents(self.task.measure, outputs, labels.to(outputs.device))
         self.network.backward(outputs, slope, partial(self._fold, total, norms))
-        return total / norms.sqrt()[:, None], norms
+        return total / norms.clamp_min(torch.finfo(norms.dtype).tiny).sqrt()[:, None], norms
 
     def _fold(self, total: Tensor, norms: Tensor, name: str, trace: Trace) -> None:
         if name not in self.scales:
@@ -161,6 +167,13 @@ class Sketcher:
                 piece = flat[:, done : done + width - place]
                 total[part, place : place + piece.shape[1]] += piece
                 done, place = done + piece.shape[1], 0
+
+
+def _origin(model: nn.Module, factors: Factors) -> str:
+    weights = hashlib.sha256(digest_of_factors(factors))
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
+    return weights.hexdigest()
 
 
 def build_store(
@@ -189,7 +202,7 @@ def build_store(
     vectors, components = _principal(known, min(settings.components, len(probe)))
     rows = Checkpoint(None).array((len(images), vectors.shape[1]), np.dtype(np.float16))
     rows[probe] = vectors
-    store = RowStore(rows, own, components, settings)
+    store = RowStore(rows, own, components, settings, sketcher.origin)
     for places in batches(len(rest), settings.batch_size, label="row store"):
         sketch, own[rest[places]] = _sketch(sketcher, images, rest[places])
         rows[rest[places]] = store.vectors(torch.from_numpy(sketch).float()).numpy()
@@ -231,12 +244,12 @@ def query_store(store: RowStore, sketcher: Sketcher, queries: Queries) -> NDArra
         queries: Images and labels whose measure is differentiated.
 
     Raises:
-        ArtifactError: The sketcher has other settings.
+        ArtifactError: The sketcher has another model, other factors or other settings.
     """
-    if sketcher.settings != store.settings:
+    if (sketcher.settings, sketcher.origin) != (store.settings, store.origin):
         raise ArtifactError(
-            f"expected a sketcher with the store's settings ({store.settings}), "
-            f"got {sketcher.settings}"
+            f"expected a sketcher of the store's model, factors and settings ({store.settings}), "
+            f"got another one ({sketcher.settings})"
         )
     parts = []
     for rows in batches(len(queries.labels), store.settings.batch_size, label="queries"):

@@ -34,6 +34,11 @@ class Task(ABC):
         one backward pass.
         """
 
+    def digest(self) -> bytes:
+        """Name the task and its settings, for checkpoints and caches."""
+        kind = type(self)
+        return f"{kind.__module__}.{kind.__qualname__} {sorted(vars(self).items())}".encode()
+
 
 class Classification(Task):
     """Cross-entropy, measured by the margin of a label."""

@@ -20,6 +20,7 @@ def run(params: Params) -> str:
     save_factors(paths.FACTORS, factors, inputs=origin)
     summary = {
         "coverage": factors.coverage.share,
+        "left_out": factors.left_out,
         "num_differentiated": factors.num_differentiated,
         "num_layers": len(factors.layers),
     }

@@ -119,6 +119,12 @@ def test_normalisations_are_left_out_and_counted() -> None:
     assert str(covered) == "93.85% of the parameters; left out: BatchNorm2d (8)"
 
 
+def test_refuses_batch_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(UnsupportedLayerError, match="keeps no running statistics"):
+        find_layers(model)
+
+
 class Merged(nn.Module):
     """Folds the tokens into the batch, as some transformers do."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from defense.checkpoints import fingerprint
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.network import Network
 from defense.influence.scores import Influence, ScoreSettings, compute_influence
@@ -107,6 +108,40 @@ def test_killed_scores_end_with_the_same_bytes(kill_after, tmp_path: Path) -> No
         np.testing.assert_array_equal(one, other)
     assert len(rest) == 1 + 3  # the forecast's rows, and the batches that were not done
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [4, 9, 16])
+def test_killed_passes_over_groups_of_queries_continue(count, kill_after, monkeypatch, tmp_path):
+    model, images = small_model(), make_images(48, seed=4)
+    factors = fit(model, images, None)
+    monkeypatch.setattr("defense.influence.forecast._passes", lambda *_: (3, 8))
+    kill_after(None)
+    undisturbed = score(model, factors, images, None)
+    kill_after(count)
+    with pytest.raises(KilledError):
+        score(model, factors, images, tmp_path)
+    monkeypatch.setattr("defense.influence.forecast._passes", lambda *_: (2, 16))
+    kill_after(None)
+    resumed = score(model, factors, images, tmp_path)  # on the plan it was begun with
+    for one, other in zip(vars(resumed).values(), vars(undisturbed).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Scaled(nn.Module):
+    """Does not show its factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+
+def test_attributes_and_buffers_are_part_of_a_fingerprint() -> None:
+    images = make_images(4, seed=4)
+    one, same, other = (nn.Sequential(Scaled(factor)) for factor in (0.1, 0.1, 0.2))
+    assert fingerprint(one, images) == fingerprint(same, images)
+    assert fingerprint(one, images) != fingerprint(other, images)
+    same[0].register_buffer("hidden", torch.ones(2), persistent=False)
+    assert fingerprint(one, images) != fingerprint(same, images)
 
 
 def test_a_checkpoint_of_anything_else_is_not_continued(kill_after, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_store_is_kept_and_refuses_another_sketcher(problem, tmp_path: Path) -
     np.testing.assert_array_equal(query_store(kept, sketcher, queries), cosines)
     np.testing.assert_array_equal(kept.self_influence, store.self_influence)
     other = Sketcher(model, factors, WIDE.model_copy(update={"seed": 1}), CLASSIFICATION)
-    with pytest.raises(ArtifactError, match="expected a sketcher with the store's settings"):
+    with pytest.raises(ArtifactError, match="expected a sketcher of the store's model"):
         query_store(kept, other, queries)
     file = tmp_path / "store" / "rows.npy"
     file.write_bytes(file.read_bytes()[:-2])
