@@ -4,11 +4,12 @@ Run ``CIFAR10_FOLDER=<folder> python -m benchmarks.ekfac``; the folder is the tr
 ``train|test/class/file`` of CIFAR-10. Both tools see the same trained model, rows, drawn
 labels, queries, batch size and damping. Costs are in plain training steps (forward, backward
 and update of the same model at the same batch size), timed before and after every tool's
-turn. A killed benchmark continues with the measurement it was at.
+turn. A killed benchmark continues with the measurement it was at, unless the code has changed.
 """
 
 import copy
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -30,8 +31,10 @@ from benchmarks.kronfluence_peer import measure_peer
 from benchmarks.record import save
 from defense.artifacts import write_json
 from defense.attacks.badnets import BadNets
+from defense.checkpoints import source_digest
 from defense.compute import seeded, trim_memory
 from defense.datasets.folder import Folder
+from defense.influence import metric
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
@@ -164,7 +167,7 @@ def measure_ours(problem: Problem, tier: str, count: int, folder: Path) -> dict[
         "eigendecompositions": seconds["eigendecompositions"],
         "lambda": seconds["lambda"],
         "queries": seconds["queries"],
-        "scores": seconds["rows"],
+        "scores": seconds["queries"] + seconds["rows"],
         "total": total,
         "rows_differentiated": factors.num_differentiated,
         "left_out": factors.left_out,
@@ -221,9 +224,15 @@ def turn(path: Path, problem: Problem, run: Callable[[], dict[str, Any]]) -> dic
     return dict(json.loads(path.read_text()))
 
 
+def runs_of(name: str, work: Path) -> Path:
+    """Folder of a network's measurements with the code as it is."""
+    code = source_digest(Path(metric.__file__).parent) + source_digest(Path(__file__).parent)
+    return work / f"{name}-{hashlib.sha256(code).hexdigest()[:12]}"
+
+
 def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]]:
     """Take all measurements of one network: results by tool and number of rows."""
-    folder = work / f"{name}-runs"
+    folder = runs_of(name, work)
     folder.mkdir(exist_ok=True)
     results = {}
     for count in SIZES:
@@ -251,12 +260,13 @@ def main(names: tuple[str, ...], work: Path) -> None:
     """Measure both networks and write benchmarks/results/ekfac.json."""
     if "CIFAR10_FOLDER" not in os.environ:
         raise click.UsageError("set CIFAR10_FOLDER")
+    os.environ["DEFENSE_DEVICE"] = "cpu"  # where kronfluence is told to run, too
     work.mkdir(parents=True, exist_ok=True)
     planted, figures, details = plant(), [], {}
     for name in names:
         problem = prepare(name, planted, work)
         results = measure(name, problem, work)
-        rows, details[name] = figures_of(name, results, work / f"{name}-runs")
+        rows, details[name] = figures_of(name, results, runs_of(name, work))
         figures += rows
     command = "CIFAR10_FOLDER=<folder> python -m benchmarks.ekfac"
     settings = {

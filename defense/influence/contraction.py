@@ -8,12 +8,13 @@ positions 6 times dearer, so every layer gets its own.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from defense.influence.layers import Shape, Trace, activations, output_gradients
-from defense.influence.products import Workspace, packed, product
+from defense.influence.products import Workspace, outer_each, packed, product
 
 # Time of one multiply-add of a batched product, and of writing and reading one element of a
 # per-sample gradient, in multiply-adds of one large product.
@@ -79,18 +80,63 @@ def cheapest_squares(shape: Shape) -> Order | Gramian:
     return min(ways, key=lambda order: order.cost(shape))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Sides on which rows are rotated to meet queries; on the others queries are rotated back.
+
+    With few rows it is cheaper to rotate the rows, with many the queries.
+    """
+
+    inputs: bool
+    outputs: bool
+
+    @classmethod
+    def of(cls, shape: Shape, rows: int, queries: int, norms: bool) -> "Frame":
+        """Choose one.
+
+        Args:
+            shape: Sizes of the layer.
+            rows: Number of rows.
+            queries: Number of queries, times dampings.
+            norms: Whether the norms of the rows are wanted, which need the eigenbasis.
+        """
+        t, o, i = shape.positions, shape.outputs, shape.inputs
+        return cls(norms or rows * min(t, o) < queries * o, norms or rows * t < queries * i)
+
+    def cost(self, shape: Shape, rows: int, queries: int) -> float:
+        """Time of all rotations, in multiply-adds of a large product."""
+        t, o, i = shape.positions, shape.outputs, shape.inputs
+        inputs = i * i * (rows * min(t, o) if self.inputs else queries * o)
+        outputs = o * o * (rows * t if self.outputs else queries * i)
+        return shape.groups * (inputs + outputs)
+
+    def __str__(self) -> str:
+        """Name it."""
+        names = {
+            (True, True): "rows rotated",
+            (True, False): "rows' inputs rotated",
+            (False, True): "rows' outputs rotated",
+            (False, False): "queries rotated back",
+        }
+        return names[self.inputs, self.outputs]
+
+
 class Rotation:
     """Rotates the last dimension: ``[n, g, t, k]`` by ``[g, r, k]`` to ``[n, g, t, r]``."""
 
-    def __init__(self, matrices: Tensor) -> None:
-        """Prepare for many products with the same matrices."""
-        single = len(matrices) == 1
-        self.matrices = packed(matrices[0]) if single else matrices.transpose(1, 2).contiguous()
-        self.single = single
+    def __init__(self, matrices: Tensor, place: torch.device, dtype: torch.dtype) -> None:
+        """Describe products with the same matrices; nothing is copied before the first."""
+        self.source, self.place, self.dtype = matrices, place, dtype
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """The matrices in the layout and precision of the products."""
+        placed = self.source.to(self.place, self.dtype)
+        return packed(placed[0]) if len(placed) == 1 else placed.transpose(1, 2).contiguous()
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rotate."""
-        if not self.single:
+        if len(self.source) > 1:
             n, groups, t, k = rows.shape
             flat = rows.transpose(0, 1).reshape(groups, n * t, k) @ self.matrices
             return flat.view(groups, n, t, -1).transpose(0, 1)
@@ -128,8 +174,8 @@ class Basis:
             dtype: Precision of the products.
             back: From the eigenbasis instead of into it.
         """
-        sides = (side.to(place, dtype) for side in (activation, gradient))
-        return cls(*(Rotation(side if back else side.transpose(1, 2)) for side in sides))
+        sides = (side if back else side.transpose(1, 2) for side in (activation, gradient))
+        return cls(*(Rotation(side, place, dtype) for side in sides))
 
 
 def balanced(count: int, limit: int) -> Iterator[slice]:
@@ -165,7 +211,7 @@ def gradients(
     shape = trace.shape
     for group, a, s in _sides(trace, basis, order, dtype, space):
         for part in balanced(len(a), tile // (shape.groups * shape.outputs * shape.inputs)):
-            gradient = _contract(a[part], s[part], space)
+            gradient = _gradient(a[part], s[part], space)
             if not order.inputs_first:
                 gradient = basis.inputs(gradient)
             if not order.outputs_first:
@@ -173,40 +219,77 @@ def gradients(
             yield slice(group.start + part.start, group.start + part.stop), gradient
 
 
-def raw_tiles(
-    trace: Trace, outputs: int, dtype: torch.dtype, space: Workspace
+def tiles(
+    trace: Trace, basis: Basis, frame: Frame, outputs: int, dtype: torch.dtype, space: Workspace
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield per-sample gradients ``[m, g, outputs, i]`` of many samples and few outputs.
 
-    Yields the samples, the number of the tile, and the tile.
+    Args:
+        trace: What the layer saw.
+        basis: Rotations of the sides the frame names.
+        frame: Which sides to rotate.
+        outputs: Width of a tile.
+        dtype: Precision of the products, and of the result.
+        space: Holds the result until the next one is asked for.
+
+    Yields:
+        The samples, the number of the tile, and the tile.
     """
-    order = Order(inputs_first=False, outputs_first=False)
-    for group, a, s in _sides(trace, None, order, dtype, space):
-        for number, start in enumerate(range(0, trace.shape.outputs, outputs)):
-            yield group, number, _contract(a, s[..., start : start + outputs], space)
+    shape = trace.shape
+    early = frame.inputs and shape.positions <= shape.outputs
+    order = Order(inputs_first=early, outputs_first=frame.outputs)
+    sides = _sides(trace, basis, order, dtype, space)
+    if outputs >= shape.outputs:  # the batch fits into one tile
+        parts = _whole(trace, sides, dtype, space)
+    else:
+        parts = (
+            (group, number, _gradient(a, s[..., start : start + outputs], space))
+            for group, a, s in sides
+            for number, start in enumerate(range(0, shape.outputs, outputs))
+        )
+    late = frame.inputs and not early
+    for group, number, gradient in parts:
+        yield group, number, basis.inputs(gradient) if late else gradient
+
+
+def _whole(
+    trace: Trace,
+    sides: Iterator[tuple[slice, Tensor, Tensor]],
+    dtype: torch.dtype,
+    space: Workspace,
+) -> Iterator[tuple[slice, int, Tensor]]:
+    shape = trace.shape
+    size = len(trace), shape.groups, shape.outputs, shape.inputs
+    whole = space.take("gradients", size, dtype, trace.x.device)
+    for group, a, s in sides:
+        _contract(a, s, whole[group])
+    yield slice(0, len(trace)), 0, whole
 
 
 def _sides(
-    trace: Trace, basis: Basis | None, order: Order, dtype: torch.dtype, space: Workspace
+    trace: Trace, basis: Basis, order: Order, dtype: torch.dtype, space: Workspace
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield activations and output gradients, rotated where the order says so."""
     shape = trace.shape
     for group in balanced(len(trace), GROUP // (shape.groups * shape.positions * shape.inputs)):
         part = trace.rows(group)
         a, s = activations(part, dtype, space), output_gradients(part, dtype)
-        if basis is not None and order.inputs_first:
+        if order.inputs_first:
             a = basis.inputs(a)
-        if basis is not None and order.outputs_first:
+        if order.outputs_first:
             s = basis.outputs(s)
         yield group, a, s
 
 
-def _contract(a: Tensor, s: Tensor, space: Workspace) -> Tensor:
+def _gradient(a: Tensor, s: Tensor, space: Workspace) -> Tensor:
     """Sum over positions: ``[n, g, t, i]`` and ``[n, g, t, o]`` to ``[n, g, o, i]``."""
-    n, groups, _, inputs = a.shape
-    out = space.take("gradient", (n * groups, s.shape[-1], inputs), a.dtype, a.device)
-    torch.bmm(s.flatten(0, 1).transpose(1, 2), a.flatten(0, 1), out=out)
-    return out.view(n, groups, -1, inputs)
+    size = *a.shape[:2], s.shape[-1], a.shape[-1]
+    return _contract(a, s, space.take("gradient", size, a.dtype, a.device))
+
+
+def _contract(a: Tensor, s: Tensor, out: Tensor) -> Tensor:
+    outer_each(s.flatten(0, 1), a.flatten(0, 1), out.flatten(0, 1))
+    return out
 
 
 def add_squares(

@@ -4,14 +4,17 @@ For a convolution the usual way copies every pixel once per kernel offset and mu
 copies. Where the stride is 1 the same matrix follows from the autocorrelation of the input:
 its block for two kernel offsets depends on their difference alone, except for strips along
 the border of the image that one of them does not see. A 3x3 kernel needs 13 products of
-``[c, c]`` and 16 thin ones instead of 81, and no copies.
+``[c, c]`` and 16 thin ones instead of 81, and no copies; the 13, and two more, are the weight
+gradient of a convolution of the input with itself.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from defense.influence.contraction import GROUP, balanced
 from defense.influence.layers import Trace, activations, output_gradients
@@ -95,22 +98,33 @@ class Autocorrelation(Covariance):
 
     def add(self, trace: Trace, dtype: torch.dtype, space: Workspace) -> None:
         """See `Covariance.add`."""
-        plane = self._plane(trace.x, dtype, space)
-        for name, (shift, rows, columns) in self.terms().items():
-            self.accumulate(name, _correlate(plane, self.width, shift, rows, columns))
+        x = trace.x.to(dtype, memory_format=torch.channels_last)
+        self.accumulate("shifts", self._shifts(x))
+        for name, (shift, rows, columns) in self.strips().items():
+            self.accumulate(name, _correlate(x, shift, rows, columns))
         if self.layer.bias is not None:
             wide = torch.promote_types(dtype, torch.float32)
-            self.accumulate("sums", plane[:, : self.width].sum(2, dtype=wide))
-            self.accumulate("count", plane.new_tensor([len(trace) * trace.positions], dtype=wide))
+            self.accumulate("sums", x.sum(0, dtype=wide).permute(1, 2, 0))
+            self.accumulate("count", x.new_tensor([len(x) * trace.positions], dtype=wide))
 
-    def _plane(self, x: Tensor, dtype: torch.dtype, space: Workspace) -> Tensor:
-        """Lay out the input as ``[h, w + gap, n, c]``; in the gap rows meet without mixing."""
-        n, channels, height, width = x.shape
-        gap = self.layer.dilation[1] * (self.layer.kernel_size[1] - 1)
-        plane = space.take("plane", (height, width + gap, n, channels), dtype, x.device)
-        plane[:, :width].copy_(x.permute(2, 3, 0, 1))
-        plane[:, width:] = 0
-        return plane
+    def _shifts(self, x: Tensor) -> Tensor:
+        """Sum ``x[q] x[q + shift]^T`` over all pixels, for every shift down and to both sides.
+
+        Returns:
+            ``[c, c, kernel rows, 2 * kernel columns - 1]``.
+        """
+        (rows, columns), (down, right) = self.layer.kernel_size, self.layer.dilation
+        below = F.pad(x, (0, 0, 0, down * (rows - 1)))
+        # As torch.nn.grad.conv2d_weight, but with a result that lies as the kernel writes it.
+        size = x.shape[1], x.shape[1], rows, 2 * columns - 1
+        _, shifts, _ = torch.ops.aten.convolution_backward(
+            x,
+            below.contiguous(memory_format=torch.channels_last),
+            torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last),
+            None, [1, 1], [0, right * (columns - 1)], [down, right], False, [0, 0], 1,
+            [False, True, False],
+        )  # fmt: skip
+        return cast(Tensor, shifts)
 
     def _offsets(self) -> list[tuple[int, int]]:
         """Place of every kernel entry relative to an output pixel, in input pixels."""
@@ -127,55 +141,46 @@ class Autocorrelation(Covariance):
         ]
         return self.height + top + bottom - reach[0], self.width + left + right - reach[1]
 
-    def _blocks(self) -> Iterator[tuple[int, int, list[tuple[int, str]]]]:
-        """Yield every pair of kernel entries and the signed terms its block is the sum of."""
+    def _pairs(self) -> Iterator[tuple[int, int, Span]]:
+        """Yield every pair of kernel entries and the shift from one to the other."""
         offsets = self._offsets()
         for first, (row, column) in enumerate(offsets):
             for second in range(first, len(offsets)):
-                shift = offsets[second][0] - row, offsets[second][1] - column
-                yield (
-                    first,
-                    second,
-                    [
-                        (sign, _name(shift, *spans))
-                        for sign, spans in self._spans(row, column, shift)
-                    ],
-                )
+                yield first, second, (offsets[second][0] - row, offsets[second][1] - column)
 
-    def _spans(
-        self, row: int, column: int, shift: tuple[int, int]
-    ) -> Iterator[tuple[int, tuple[Span, Span]]]:
-        """Write the rectangle a pair of kernel entries sees as the whole image minus strips."""
-        outputs = self._outputs()
+    def _unseen(self, entry: int, shift: Span) -> Iterator[tuple[int, Span, Span]]:
+        """Write the part of the image a pair does not see as signed rectangles."""
         sides = [
             _split(size, offset, step, count)
             for size, offset, step, count in zip(
-                (self.height, self.width), (row, column), shift, outputs, strict=True
+                (self.height, self.width), self._offsets()[entry], shift, self._outputs(),
+                strict=True,
             )
-        ]
+        ]  # fmt: skip
         (all_rows, missing_rows), (all_columns, missing_columns) = sides
-        yield 1, (all_rows, all_columns)
-        yield from ((-1, (rows, all_columns)) for rows in missing_rows)
-        yield from ((-1, (all_rows, columns)) for columns in missing_columns)
-        yield from ((1, (rows, columns)) for rows in missing_rows for columns in missing_columns)
+        if all_rows[0] < all_rows[1] and all_columns[0] < all_columns[1]:
+            yield from ((-1, rows, all_columns) for rows in missing_rows)
+            yield from ((-1, all_rows, columns) for columns in missing_columns)
+            yield from ((1, rows, columns) for rows in missing_rows for columns in missing_columns)
 
-    def terms(self) -> dict[str, tuple[tuple[int, int], Span, Span]]:
-        """Every product that some block needs, once."""
-        offsets, terms = self._offsets(), {}
-        for first, (row, column) in enumerate(offsets):
-            for other in offsets[first:]:
-                shift = other[0] - row, other[1] - column
-                for _, spans in self._spans(row, column, shift):
-                    terms[_name(shift, *spans)] = (shift, *spans)
-        return terms
+    def strips(self) -> dict[str, tuple[Span, Span, Span]]:
+        """Shift, rows and columns of every rectangle that some pair does not see, once."""
+        strips = {}
+        for first, _, shift in self._pairs():
+            for _, rows, columns in self._unseen(first, shift):
+                strips[_name(shift, rows, columns)] = shift, rows, columns
+        return strips
 
     def total(self) -> Tensor:
         """See `Covariance.total`."""
         entries, channels = len(self._offsets()), self.layer.in_channels
-        some = next(iter(self.parts.values()))
-        blocks = some.new_zeros(entries, channels, entries, channels)
-        for first, second, terms in self._blocks():
-            block = sum((sign * self.parts[name] for sign, name in terms), torch.zeros(()))
+        shifts = self.parts["shifts"]
+        blocks = shifts.new_zeros(entries, channels, entries, channels)
+        (down, right), middle = self.layer.dilation, self.layer.kernel_size[1] - 1
+        for first, second, shift in self._pairs():
+            block = shifts[:, :, shift[0] // down, shift[1] // right + middle].clone()
+            for sign, rows, columns in self._unseen(first, shift):
+                block += sign * self.parts[_name(shift, rows, columns)]
             blocks[second, :, first, :] = block.T
             blocks[first, :, second, :] = block
         matrix = blocks.view(entries * channels, -1)
@@ -192,7 +197,7 @@ class Autocorrelation(Covariance):
         return torch.cat([torch.cat([matrix, column[None, :-1]]), column[:, None]], dim=1)
 
 
-def _name(shift: tuple[int, int], rows: Span, columns: Span) -> str:
+def _name(shift: Span, rows: Span, columns: Span) -> str:
     return ",".join(map(str, (*shift, *rows, *columns)))
 
 
@@ -214,23 +219,13 @@ def _split(size: int, offset: int, shift: int, outputs: int) -> tuple[Span, list
     return (low, high), [span for span in missing if span[0] < span[1]]
 
 
-def _correlate(
-    plane: Tensor, width: int, shift: tuple[int, int], rows: Span, columns: Span
-) -> Tensor:
+def _correlate(x: Tensor, shift: Span, rows: Span, columns: Span) -> Tensor:
     """Sum ``x[q] x[q + shift]^T`` over samples and pixels q of a rectangle: ``[c, c]``."""
-    _, pitch, n, channels = plane.shape
-    if rows[0] >= rows[1] or columns[0] >= columns[1]:
-        return plane.new_zeros(channels, channels)
-    if columns[1] - columns[0] == width - abs(shift[1]):
-        flat = plane.view(-1, channels)  # whole rows: one product, the gap adds zeros
-        start, step = rows[0] * pitch * n, (shift[0] * pitch + shift[1]) * n
-        length = min((rows[1] - rows[0]) * pitch * n, len(flat) - start - step)
-        return outer(flat[start:][:length], flat[start + step :][:length])
-    a = plane[slice(*rows), slice(*columns)]
-    b = plane[
-        rows[0] + shift[0] : rows[1] + shift[0], columns[0] + shift[1] : columns[1] + shift[1]
+    a = x[:, :, slice(*rows), slice(*columns)]
+    b = x[
+        :, :, rows[0] + shift[0] : rows[1] + shift[0], columns[0] + shift[1] : columns[1] + shift[1]
     ]
-    return outer(a.reshape(-1, channels), b.reshape(-1, channels))
+    return outer(*(side.permute(0, 2, 3, 1).flatten(0, 2) for side in (a, b)))
 
 
 def shifted_size(trace: Trace) -> tuple[int, int] | None:
@@ -244,8 +239,10 @@ def shifted_size(trace: Trace) -> tuple[int, int] | None:
     if layer.stride != (1, 1) or layer.kernel_size == (1, 1):
         return None
     height, width = trace.x.shape[2:]
-    terms = Autocorrelation(layer, height, width).terms().values()
-    pixels = sum((r[1] - r[0]) * (c[1] - c[0]) for _, r, c in terms)
+    strips = Autocorrelation(layer, height, width).strips().values()
+    rows, columns = layer.kernel_size
+    pixels = rows * (2 * columns - 1) * height * width
+    pixels += sum((r[1] - r[0]) * (c[1] - c[0]) for _, r, c in strips)
     shape = trace.shape
     copies = shape.positions * shape.inputs * (shape.inputs + PANEL) / 2
     return (height, width) if pixels * layer.in_channels**2 < copies else None

@@ -15,9 +15,11 @@ from torch import Tensor
 from defense.compute import trim_memory
 from defense.errors import DefenseError
 from defense.influence.contraction import (
+    BATCHED,
     GROUP,
     LARGE_TILE,
     TILE,
+    Frame,
     cheapest,
     cheapest_squares,
 )
@@ -208,7 +210,7 @@ class QueryLoad:
         count: Distinct queries.
         dampings: Dampings.
         number_bytes: Of one number of a preconditioned gradient.
-        norms: Whether the rows' own norms are computed, for which all bases are kept.
+        norms: Whether the rows' own norms are computed.
     """
 
     count: int
@@ -226,19 +228,19 @@ def forecast_scores(
         DefenseError: The memory limit is too small.
     """
     known, held = survey(network, images), load.count * load.dampings
-    row, query, orders, elements, bases = 0.0, 0.0, {}, 0, 0
+    rows, macs, orders, elements, bases = len(images), 0.0, {}, 0, 0
     for name, shape in known.shapes.items():
         size, order = shape.groups * shape.outputs * shape.inputs, cheapest(shape)
+        frame = Frame.of(shape, rows, held, load.norms)
         elements += size
-        bases += 4 * shape.groups * (shape.inputs**2 + shape.outputs**2)
-        row += 2 * shape.positions * size + held * size + load.norms * order.cost(shape)
-        query += order.cost(shape) + size * (shape.inputs + shape.outputs)
-        orders[name] = f"{_size(shape)}  queries {order}, {order.cost(shape) / 1e6:,.0f} M"
-    fixed = WORK + 24 * known.widest + (bases + 4 * elements if load.norms else 0)
+        bases += shape.groups * (frame.inputs * shape.inputs**2 + frame.outputs * shape.outputs**2)
+        each_row = BATCHED * shape.positions * size + held * size
+        macs += rows * each_row + held * order.cost(shape) + frame.cost(shape, rows, held)
+        orders[name] = f"{_size(shape)}  queries {order}, {frame}, {each_row / 1e6:,.0f} M per row"
+    fixed = WORK + 24 * known.widest + load.number_bytes * bases + 4 * elements * load.norms
     each_query = load.dampings * elements * load.number_bytes
     passes, batch = _passes(memory, fixed, known.row_bytes, load.count, each_query)
-    each = known.row_seconds * passes + row / known.macs_per_second
-    seconds = len(images) * each + held * query / known.macs_per_second
+    seconds = rows * known.row_seconds * passes + macs / known.macs_per_second
     gib = (resident() + fixed + load.count * each_query / passes + batch * known.row_bytes) / GIB
     return Forecast(f"scores, {held:,} queries", orders, batch, passes, seconds, gib)
 

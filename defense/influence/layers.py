@@ -231,7 +231,7 @@ class Tape:
         self.order: list[str] = []
         self.seen: dict[str, Trace] = {}
         self.roots: list[Tensor] = []
-        self.visits: tuple[Visit, ...] = ()
+        self.visit: Visit | None = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """Return the forward hook of one layer."""
@@ -270,24 +270,24 @@ class Tape:
     def show(self, name: str, gradient: Tensor) -> None:
         """Show a layer whose output gradient has arrived."""
         trace = self.seen.pop(name)
-        for visit in self.visits:
-            visit(name, replace(trace, gradient=gradient))
+        if self.visit is not None:
+            self.visit(name, replace(trace, gradient=gradient))
 
     def forward(self, visit: Visit) -> None:
         """Show every layer that ran in the latest forward pass, without gradients."""
         for name in self.order:
             visit(name, self.seen.pop(name))
 
-    def backward(self, outputs: Tensor, cotangents: Tensor, *visits: Visit) -> None:
+    def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
         """Differentiate, and show every layer the gradient reaches, last layer first.
 
         Args:
             outputs: The model's outputs, ``[n, k]``; sample n must depend on input n alone,
                 which holds in eval mode.
             cotangents: Gradient of the value of interest with respect to them, ``[n, k]``.
-            visits: What to do with a layer.
+            visit: What to do with a layer.
         """
-        self.visits = visits
+        self.visit = visit
         if self.roots:
             torch.autograd.grad(outputs, self.roots, cotangents, allow_unused=True)
-        self.seen, self.roots, self.visits = {}, [], ()
+        self.seen, self.roots, self.visit = {}, [], None

@@ -1,5 +1,7 @@
 """The metric of the damped inverse EK-FAC matrix: preconditioned queries, norms of rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,11 @@ from defense.errors import NumericalError
 from defense.influence.contraction import (
     LARGE_TILE,
     Basis,
+    Frame,
     cheapest,
     gradients,
-    raw_tiles,
     tile_outputs,
+    tiles,
 )
 from defense.influence.layers import Shape, Trace
 from defense.influence.products import Workspace, heavy_dtype, product
@@ -25,38 +28,26 @@ class Metric:
         dampings: Relative to each layer's mean Lambda.
         place: The device.
         dtype: Precision of the heavy products; that of the model in the ``exact`` tier.
-        keep: Whether bases are kept for `add_norms`.
     """
 
     def __init__(
-        self,
-        factors: Factors,
-        dampings: tuple[float, ...],
-        place: torch.device,
-        dtype: torch.dtype,
-        keep: bool,
+        self, factors: Factors, dampings: tuple[float, ...], place: torch.device, dtype: torch.dtype
     ) -> None:
         """Describe the metric of some factors."""
-        self.layers, self.dampings, self.place, self.keep = factors.layers, dampings, place, keep
+        self.layers, self.dampings, self.place = factors.layers, dampings, place
         self.dtype = heavy_dtype(place) if factors.tier == "fast" else dtype
         self.wide = dtype
         self.space = Workspace()
         self.bases: dict[str, Basis] = {}
 
     def basis(self, name: str) -> Basis:
-        """Return a layer's eigenvectors, kept if they are needed for every batch."""
-        known = self.bases.get(name)
-        if known is None:
-            known = self._rotations(name, back=False)
-            if self.keep:
-                self.bases[name] = known
-        return known
+        """Return the rotations into a layer's eigenbasis; they are kept."""
+        if name not in self.bases:
+            self.bases[name] = self.rotations(name)
+        return self.bases[name]
 
-    def back(self, name: str) -> Basis:
-        """Return the rotations back from a layer's eigenbasis."""
-        return self._rotations(name, back=True)
-
-    def _rotations(self, name: str, *, back: bool) -> Basis:
+    def rotations(self, name: str, *, back: bool = False) -> Basis:
+        """Prepare the rotations into a layer's eigenbasis, or back."""
         layer = self.layers[name]
         sides = layer.activation_eigenvectors, layer.gradient_eigenvectors
         return Basis.of(*sides, self.place, self.dtype, back=back)
@@ -73,15 +64,6 @@ class Metric:
             )
         return inverse
 
-    def add_norms(self, norms: Tensor, name: str, trace: Trace) -> None:
-        """Add a layer's part of ``v^T H^-1 v`` to `norms` ``[d, n]``."""
-        if name not in self.layers:
-            return
-        basis, weights = self.basis(name), self.weights(name).flatten(1)
-        order = cheapest(trace.shape)
-        for part, gradient in gradients(trace, basis, order, self.dtype, self.space):
-            norms[:, part] += weights @ gradient.to(self.wide).square_().flatten(1).T
-
 
 class QuerySide:
     """Preconditioned gradients of `q` queries, by layer, cut into tiles of outputs.
@@ -90,9 +72,18 @@ class QuerySide:
         norms: ``[d, q]``; ``u^T H^-1 u`` of every query.
     """
 
-    def __init__(self, metric: Metric, count: int, batch_size: int) -> None:
-        """Make room for `count` queries, to be contracted with batches of a size."""
-        self.metric, self.count, self.batch_size = metric, count, batch_size
+    def __init__(
+        self, metric: Metric, count: int, batch_size: int, frame: Callable[[Shape], Frame]
+    ) -> None:
+        """Make room for queries.
+
+        Args:
+            metric: The metric of the inner products.
+            count: Number of queries.
+            batch_size: Rows they will be contracted with at a time.
+            frame: Tells on which sides the rows of a layer are rotated.
+        """
+        self.metric, self.count, self.batch_size, self.frame = metric, count, batch_size, frame
         self.tiles: dict[str, list[Tensor]] = {}
         size = len(metric.dampings), count
         self.norms = torch.zeros(size, dtype=metric.wide, device=metric.place)
@@ -105,17 +96,20 @@ class QuerySide:
         """Precondition the gradients of a batch of queries that starts at number `first`."""
         if name not in self.metric.layers:
             return
-        metric, order = self.metric, cheapest(trace.shape)
-        basis, weights = metric.basis(name), metric.weights(name)
-        back, tile = metric.back(name), LARGE_TILE
-        for part, gradient in gradients(trace, basis, order, metric.dtype, metric.space, tile):
+        metric, order, frame = self.metric, cheapest(trace.shape), self.frame(trace.shape)
+        weights = metric.weights(name)
+        basis, back = metric.rotations(name), metric.rotations(name, back=True)
+        parts = gradients(trace, basis, order, metric.dtype, metric.space, LARGE_TILE)
+        for part, gradient in parts:
             wide = gradient.to(metric.wide)
             place = first + part.start
             for number, weight in enumerate(weights):
                 room = metric.space.take("scaled", wide.shape, wide.dtype, wide.device)
                 scaled = torch.mul(wide, weight, out=room)
                 self.norms[number, place : place + len(wide)] += (scaled * wide).flatten(1).sum(1)
-                plain = back.outputs.outputs(back.inputs(scaled.to(metric.dtype)))
+                plain = scaled.to(metric.dtype)
+                plain = plain if frame.inputs else back.inputs(plain)
+                plain = plain if frame.outputs else back.outputs.outputs(plain)
                 self._store(name, trace.shape, number * self.count + place, plain)
 
     def _store(self, name: str, shape: Shape, first: int, gradient: Tensor) -> None:
@@ -128,11 +122,23 @@ class QuerySide:
                 tiles.append(piece.new_empty(len(self), *piece.shape[1:]))
             tiles[number][first : first + len(piece)] = piece
 
-    def contract(self, block: Tensor, name: str, trace: Trace) -> None:
-        """Add a layer's part of all inner products with a batch of rows: ``[len, n]``."""
+    def contract(self, block: Tensor, norms: Tensor | None, name: str, trace: Trace) -> None:
+        """Add a layer's part of all inner products with a batch of rows.
+
+        Args:
+            block: With every query: ``[len, n]``.
+            norms: With themselves: ``[d, n]``; all frames must be the eigenbasis.
+            name: The layer.
+            trace: What it saw.
+        """
         if name not in self.metric.layers:
             return
-        metric, tiles = self.metric, self.tiles[name]
-        width = tiles[0].shape[2]
-        for part, number, gradient in raw_tiles(trace, width, metric.dtype, metric.space):
-            block[:, part] += product(tiles[number].flatten(1), gradient.flatten(1))
+        metric, known, frame = self.metric, self.tiles[name], self.frame(trace.shape)
+        width = known[0].shape[2]
+        weights = None if norms is None else metric.weights(name)
+        parts = tiles(trace, metric.basis(name), frame, width, metric.dtype, metric.space)
+        for part, number, gradient in parts:
+            block[:, part] += product(known[number].flatten(1), gradient.flatten(1))
+            if norms is not None and weights is not None:
+                weight = weights[:, :, number * width : (number + 1) * width].flatten(1)
+                norms[:, part] += weight @ gradient.to(metric.wide).square().flatten(1).T

@@ -106,7 +106,7 @@ class Network:
         """See `Tape.forward`."""
         self.tape.forward(visit)
 
-    def backward(self, outputs: Tensor, cotangents: Tensor, *visits: Visit) -> None:
+    def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
         """See `Tape.backward`."""
         with _repeatable():
-            self.tape.backward(outputs, cotangents, *visits)
+            self.tape.backward(outputs, cotangents, visit)

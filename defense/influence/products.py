@@ -13,7 +13,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )  # on CPUs its fp32 kernel can be twice as fast as the BLAS behind torch.matmul
 
 PACKED = (torch.float32, torch.bfloat16)
-WIDE = 128  # columns from which it pays to bring outer products into the layout of `product`
+WIDE = 128  # columns from which `product` sums outer products faster than the BLAS does
+DEEP, LARGE = 32, 2**23  # multiply-adds from which one product at a time beats a batch of them
 
 
 def heavy_dtype(place: torch.device) -> torch.dtype:
@@ -40,9 +41,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     if right.is_mkldnn or (_ONEDNN and left.is_cpu and left.dtype == torch.float32):
         operation = cast(Any, torch.ops.mkldnn)._linear_pointwise
-        plain = right if right.is_mkldnn else right.contiguous()
-        return cast(Tensor, operation(left.contiguous(), plain, None, "none", [], ""))
+        plain = right if right.is_mkldnn else _dense(right)
+        return cast(Tensor, operation(_dense(left), plain, None, "none", [], ""))
     return left @ right.T
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Copy a matrix unless it or its transpose is contiguous; others can be 1,000 times slower."""
+    return matrix if matrix.T.is_contiguous() else matrix.contiguous()
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -50,6 +56,16 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype == torch.float32 and min(left.shape[1], right.shape[1]) >= WIDE:
         return product(left.T, right.T)
     return left.T @ right
+
+
+def outer_each(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Do the same for every pair of a batch: ``[b, n, x]`` and ``[b, n, y]`` to ``[b, x, y]``."""
+    single = left.is_cpu and left.dtype == torch.float32
+    if _ONEDNN and single and left.shape[1] >= DEEP and out[0].numel() * left.shape[1] >= LARGE:
+        for one, other, place in zip(left, right, out, strict=True):
+            place.copy_(product(one.T, other.T))
+        return out
+    return torch.bmm(left.transpose(1, 2), right, out=out)
 
 
 class Workspace:

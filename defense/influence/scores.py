@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from defense.checkpoints import Checkpoint, fingerprint, source_digest
 from defense.compute import batches, timed, trim_memory
 from defense.errors import ArtifactError
-from defense.influence.contraction import balanced
+from defense.influence.contraction import Frame, balanced
 from defense.influence.forecast import Forecast, Memory, QueryLoad, forecast_scores
+from defense.influence.layers import Shape
 from defense.influence.metric import Metric, QuerySide
 from defense.influence.network import Network
 from defense.influence.products import arithmetic, heavy_dtype
@@ -152,7 +154,7 @@ def compute_influence(
     network = Network(model, factors.excluded)
     _require_same_layers(factors, network)
     used = dampings or (settings.damping,)
-    metric = Metric(factors, used, network.place, network.dtype, self_influence)
+    metric = Metric(factors, used, network.place, network.dtype)
     unique, back = _distinct(queries)
     fast = factors.tier == "fast"
     size = 2 if fast and heavy_dtype(network.place) == torch.bfloat16 else network.dtype.itemsize
@@ -171,7 +173,10 @@ def compute_influence(
         arithmetic(network.place),
         source_digest(Path(__file__).parent),
     )
-    scorer = _Scorer(network, metric, task, images, forecast)
+    frame = partial(
+        Frame.of, rows=len(images), queries=len(unique) * len(used), norms=self_influence
+    )  # from all queries, so that groups of them give the same numbers
+    scorer = _Scorer(network, metric, task, images, forecast, frame, norms=self_influence)
     margin, norms = scorer.run(queries.images[unique], queries.labels[unique], checkpoint)
     if len(unique) < len(back):
         margin = margin[:, back]
@@ -221,10 +226,18 @@ class _Scorer:
     """The passes over the rows, with what they share."""
 
     def __init__(
-        self, network: Network, metric: Metric, task: Task, images: ImageSet, plan: Forecast
+        self,
+        network: Network,
+        metric: Metric,
+        task: Task,
+        images: ImageSet,
+        plan: Forecast,
+        frame: Callable[[Shape], Frame],
+        *,
+        norms: bool,
     ) -> None:
         self.network, self.metric, self.task = network, metric, task
-        self.images = images
+        self.images, self.frame, self.norms = images, frame, norms
         self.batch_size, self.num_passes = plan.batch_size, plan.num_passes
         kind = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
         self.scale: Reals = np.zeros(len(images), dtype=kind)
@@ -259,7 +272,7 @@ class _Scorer:
 
     def query_side(self, images: Tensor, labels: Tensor) -> QuerySide:
         """Precondition the measure gradients of some queries."""
-        side = QuerySide(self.metric, len(labels), self.batch_size)
+        side = QuerySide(self.metric, len(labels), self.batch_size, self.frame)
         for rows in batches(len(labels), self.batch_size, label="queries"):
             outputs = self.network.outputs(images[rows])
             wanted = labels[rows].to(self.network.place)
@@ -277,17 +290,15 @@ class _Scorer:
         checkpoint: Checkpoint,
     ) -> None:
         """Contract the measure gradients of the rows with a group of queries."""
-        norms_wanted = self.metric.keep and number == 0
+        norms_wanted = self.norms and number == 0
         for rows in batches(len(self.images), self.batch_size, label="scores", first=first):
             outputs, targets = self.network.rows(self.images, rows)
             self.scale[rows] = self.task.loss_scale(outputs.detach(), targets).cpu().numpy()
             block = torch.zeros(len(side), len(rows), dtype=self.network.dtype).to(outputs.device)
             norms = block.new_zeros(len(self.metric.dampings), len(rows))
-            visits = [partial(side.contract, block)]
-            if norms_wanted:
-                visits.append(partial(self.metric.add_norms, norms))
+            visit = partial(side.contract, block, norms if norms_wanted else None)
             cotangent = cotangents(self.task.measure, outputs, targets)
-            self.network.backward(outputs, cotangent, *visits)
+            self.network.backward(outputs, cotangent, visit)
             margin[:, :, rows] = block.view(*margin.shape[:2], -1).cpu().numpy()
             if norms_wanted:
                 self.own[:, rows] = norms.cpu().numpy()

@@ -130,7 +130,7 @@ class Sketcher:
         """Draw the signs; the same seed draws the same."""
         self.network = Network(model, factors.excluded)
         place, dtype = self.network.place, self.network.dtype
-        self.metric = Metric(factors, (settings.damping,), place, dtype, keep=True)
+        self.metric = Metric(factors, (settings.damping,), place, dtype)
         self.settings, self.task = settings, task
         self.origin = _origin(model, factors)
         self.scales = {name: self._scale(name) for name in factors.layers}

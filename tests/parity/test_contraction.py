@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from defense.influence import contraction
 from defense.influence.contraction import (
     ORDERS,
     Basis,
+    Frame,
     Gramian,
     add_squares,
     cheapest,
     cheapest_squares,
     gradients,
+    tiles,
 )
 from defense.influence.covariance import Autocorrelation, Gram, shifted_size
 from defense.influence.layers import Shape, Trace, per_sample_gradient
@@ -57,6 +60,8 @@ def test_covariance_is_computed_the_cheaper_way() -> None:
     assert shifted_size(strided) is None
 
 
+FRAMES = [Frame(inputs, outputs) for inputs in (True, False) for outputs in (True, False)]
+
 LAYERS = {
     "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6)),
     "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, bias=False), (4, 7, 7)),
@@ -95,6 +100,34 @@ def test_every_order_gives_the_same_squares(order, problem) -> None:
     total = torch.zeros_like(expected[0])
     add_squares(total, trace, basis, order, torch.float64, Workspace())
     torch.testing.assert_close(total, expected.square().sum(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("frame", FRAMES, ids=str)
+def test_tiles_are_rotated_on_the_sides_of_the_frame(frame, width, problem, monkeypatch) -> None:
+    trace, basis, expected = problem
+    if not frame.inputs:
+        expected = expected @ basis.inputs.source
+    if not frame.outputs:
+        expected = basis.outputs.source.transpose(1, 2) @ expected
+    monkeypatch.setattr(contraction, "GROUP", 2 * trace.positions * trace.shape.inputs)
+    result = torch.full_like(expected, torch.nan)
+    parts = tiles(trace, basis, frame, width, torch.float64, Workspace())
+    for samples, number, tile in parts:
+        result[samples, :, number * width : (number + 1) * width] = tile
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frame_is_chosen_by_the_number_of_rows() -> None:
+    shape = Shape(1, 16, 512, 4608)
+    few, some, many = (Frame.of(shape, rows, 51, norms=False) for rows in (1000, 4096, 50_000))
+    assert few == Frame(inputs=True, outputs=True)
+    assert some == Frame(inputs=False, outputs=True)
+    assert many == Frame(inputs=False, outputs=False)
+    assert Frame.of(shape, 50_000, 51, norms=True) == Frame(inputs=True, outputs=True)
+    for rows in (1000, 4096, 50_000):
+        costs = {frame: frame.cost(shape, rows, 51) for frame in FRAMES}
+        assert Frame.of(shape, rows, 51, norms=False) == min(costs, key=costs.__getitem__)
 
 
 def test_the_cost_model_follows_the_shape() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense.influence import scores
+from defense.influence.contraction import Frame
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.layers import find_layers, flat_gradient
 from defense.influence.scores import ScoreSettings, compute_influence
@@ -182,6 +183,18 @@ def test_scores_and_norms_are_those_of_the_dense_inverse(model: nn.Module) -> No
     for name in loss:
         scale = torch.from_numpy(result.loss_scale)[:, None, None, None]
         torch.testing.assert_close(loss[name], -scale * rows[name], rtol=1e-9, atol=1e-14)
+
+
+def test_every_frame_gives_the_same_scores(model: nn.Module, monkeypatch) -> None:
+    images = set_of()
+    queries, factors = queries_of(images), fit(model, images)
+    eigenbasis = compute_influence(model, factors, queries, images, SETTINGS, self_influence=True)
+    bound = 1e-9 * np.abs(eigenbasis.margin).max()
+    for frame in (Frame(a, b) for a in (True, False) for b in (True, False)):
+        monkeypatch.setattr(Frame, "of", lambda *_, frame=frame, **__: frame)
+        result = compute_influence(model, factors, queries, images, SETTINGS)
+        np.testing.assert_allclose(result.margin, eigenbasis.margin, rtol=1e-8, atol=bound)
+        np.testing.assert_allclose(result.query_norm, eigenbasis.query_norm, rtol=1e-9)
 
 
 def test_query_norms_are_scores_of_a_query_on_itself() -> None:
