@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.ekfac_figures import BATCH_SIZE, PEER_SIZES, SIZES, figures_of
+from benchmarks.ekfac_figures import BATCH_SIZE, PEER_SIZES, SIZES, figures_of, pearson
 from benchmarks.kronfluence_peer import measure_peer
 from benchmarks.record import save
 from defense.artifacts import write_json
@@ -38,7 +38,7 @@ from defense.influence import metric
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
-from defense.influence.store import Sketcher, StoreSettings, build_store, query_store
+from defense.influence.store import StoreSettings, build_store, probe_rows, query_store
 from defense.influence.task import CLASSIFICATION
 from defense.models.assemble import build_model
 from defense.models.resnet import ResNet9, ResNet18
@@ -50,6 +50,7 @@ from defense.training import logits, train
 ROOT = Path(__file__).parents[1]
 NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
 NUM_QUERIES = 51
+SMALL_BATCH = 16  # which may suit kronfluence better, as it holds the gradients of a whole batch
 DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
 RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
 
@@ -85,7 +86,7 @@ def prepare(name: str, planted: PoisonedSplit, work: Path) -> Problem:
     if place.is_dir():
         load_weights(place, model)
     else:
-        model = train(model, rows, RECIPE, seeded(0, "train"), scratch=work).model
+        model = train(model, rows, RECIPE, seeded(0, "train"), scratch=work / "training").model
         save_model(place, model, meta={})
     image = planted.probe.images(np.arange(1))
     drawn = make_queries(
@@ -182,22 +183,26 @@ def measure_store(problem: Problem, folder: Path) -> dict[str, Any]:
         problem.model, factors, problem.queries, rows,
         ScoreSettings(batch_size=BATCH_SIZE, damping=DAMPING), self_influence=True,
     ).cosine()[0]  # fmt: skip
+    np.save(folder / "direct.npy", direct)
     begin = time.perf_counter()
     store = build_store(problem.model, factors, rows, settings)
     built = time.perf_counter() - begin
-    sketcher = Sketcher(problem.model, factors, settings, CLASSIFICATION)
+    sketcher = store.sketcher(problem.model, factors)
     one = Queries(*(part[:1] for part in vars(problem.queries).values()))
+    query_store(store, sketcher, one)
     begin = time.perf_counter()
     query_store(store, sketcher, one)
     single = time.perf_counter() - begin
-    cosines = query_store(store, sketcher, problem.queries)
-    np.save(folder / "store.npy", cosines)
-    np.save(folder / "direct.npy", direct)
-    return {
-        "build": built,
-        "query": single,
-        "bytes_per_row": store.rows.shape[1] * store.rows.itemsize,
-        "components_mib": store.components.nbytes / 2**20,
+    np.save(folder / "store.npy", query_store(store, sketcher, problem.queries))
+    facts = {"build": built, "query": single, "bytes_per_row": store.rows[0].nbytes,
+             "shared_mib": (store.components.nbytes + store.kept.nbytes) / 2**20}  # fmt: skip
+    del store, sketcher
+    half = settings.model_copy(update={"probe": len(rows) // 2})
+    store = build_store(problem.model, factors, rows, half)
+    cosines = query_store(store, store.sketcher(problem.model, factors), problem.queries)
+    probe = probe_rows(len(rows), half)
+    return facts | {
+        "unseen_rows_pearson": pearson(*(np.delete(x, probe, axis=1) for x in (cosines, direct)))
     }
 
 
@@ -242,9 +247,13 @@ def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]
         }
         if count in PEER_SIZES[name]:
             rows, labels = problem.first(count), drawn_labels(problem, count)
-            runs[f"kronfluence-{count}"] = partial(
-                measure_peer, problem.model, rows, labels, problem.queries, BATCH_SIZE, folder
+            sizes = {"": BATCH_SIZE} | (
+                {"-small-batch": SMALL_BATCH} if count == min(SIZES) else {}
             )
+            for suffix, size in sizes.items():
+                runs[f"kronfluence-{count}{suffix}"] = partial(
+                    measure_peer, problem.model, rows, labels, problem.queries, size, folder
+                )
         if count == max(SIZES):
             runs["store"] = partial(measure_store, problem, folder)
         for key, run in runs.items():

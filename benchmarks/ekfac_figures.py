@@ -34,10 +34,15 @@ def agreement(folder: Path, one: str, other: str) -> dict[str, float]:
         len(np.intersect1d(leaders(x, top), leaders(y, top))) for x, y in zip(a, b, strict=True)
     ]
     return {
-        "pearson": float(np.corrcoef(a.ravel(), b.ravel())[0, 1]),
+        "pearson": pearson(a, b),
         "spearman": float(spearmanr(a.ravel(), b.ravel()).statistic),
         "top1_overlap": float(np.mean(shared)) / top,
     }
+
+
+def pearson(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Correlate all entries of two matrices."""
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 def leaders(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -66,7 +71,7 @@ def figures_of(name: str, results: Results, folder: Path) -> tuple[Figures, dict
 
 
 def peer_costs(name: str, results: Results) -> dict[str, float]:
-    """What kronfluence takes: steps per row at 1,024 rows, and seconds."""
+    """What kronfluence takes: steps per row at 1,024 rows, seconds, and a ratio of times."""
     run, each = results["kronfluence-1024"], slope(results, "kronfluence", 256, 1024)
     queries = run["scores"] - each * 1024 * run["step"] / BATCH_SIZE
     return {
@@ -74,6 +79,8 @@ def peer_costs(name: str, results: Results) -> dict[str, float]:
         "lambda_steps": per_row(run, "lambda", 1024),
         "scores_steps": each,
         "fixed_seconds": run["eigendecompositions"] + queries,
+        "small_batch_time": results["kronfluence-256-small-batch"]["total"]
+        / results["kronfluence-256"]["total"],
         "total_seconds_4096": peer_total(results, max(SIZES), PEER_SIZES[name]),
     }
 

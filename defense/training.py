@@ -131,7 +131,8 @@ def train(
         images: The training set.
         recipe: How to train.
         generator: The only source of randomness (order, augmentation).
-        scratch: Folder for the checkpoint that makes a killed training resumable.
+        scratch: Folder for the checkpoint that makes a killed training resumable, to be deleted
+            when the result is written.
         label: Text of the progress bar.
 
     Returns:
@@ -152,7 +153,6 @@ def train(
         generator.get_state().numpy().tobytes(),
     )
     _epochs(stepper, images, generator, checkpoint, label)
-    checkpoint.remove()
     trained = copy.deepcopy(model).cpu()
     trained.load_state_dict(stepper.weights())
     return Trained(trained.eval(), recipe.epochs * len(images))

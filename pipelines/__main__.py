@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import shutil
 import sys
 
 import click
@@ -32,10 +33,12 @@ def main(stage: str) -> None:
     logging.getLogger("defense").setLevel(logging.INFO)
     try:
         params = read_params(paths.PARAMS)
-        click.echo(importlib.import_module(f"pipelines.stages.{stage}").run(params))
+        done = importlib.import_module(f"pipelines.stages.{stage}").run(params)
     except DefenseError as error:
         click.echo(f"error: {stage}: {error}", err=True)
         sys.exit(2)
+    shutil.rmtree(paths.SCRATCH / stage, ignore_errors=True)
+    click.echo(done)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 HOME = Path()
-SCRATCH = Path("scratch")  # checkpoints of unfinished trainings, not under DVC
+SCRATCH = Path("scratch")  # checkpoints of unfinished stages by name, not under DVC
 
 ARTIFACTS = Path("artifacts")
 CLEAN_TRAIN = ARTIFACTS / "clean_train"

@@ -5,8 +5,10 @@ stale is ever used. Computations that were killed continue from the same folder.
 """
 
 import hashlib
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,8 +63,9 @@ def cached_factors(
     )
     kept = _open(place, lambda path: load_factors(path)[0])
     if kept is None:
-        kept = fit_factors(model, images, settings, generator, task, scratch=folder)
-        save_factors(place, kept, inputs={})
+        with _unfinished(place) as scratch:
+            kept = fit_factors(model, images, settings, generator, task, scratch=scratch)
+            save_factors(place, kept, inputs={})
     else:
         torch.rand(len(images), generator=generator)
     return kept
@@ -105,19 +108,13 @@ def cached_influence(
     )
     kept = _open(place, _load_influence)
     if kept is None:
-        kept = compute_influence(
-            model,
-            factors,
-            queries,
-            images,
-            settings,
-            task,
-            dampings=dampings,
-            self_influence=self_influence,
-            scratch=folder,
-        )
-        files = {f"{name}.npy": array(values) for name, values in vars(kept).items()}
-        write_artifact(place, "influence", files)
+        with _unfinished(place) as scratch:
+            kept = compute_influence(
+                model, factors, queries, images, settings, task,
+                dampings=dampings, self_influence=self_influence, scratch=scratch,
+            )  # fmt: skip
+            files = {f"{name}.npy": array(values) for name, values in vars(kept).items()}
+            write_artifact(place, "influence", files)
     return kept
 
 
@@ -125,6 +122,14 @@ def _place(folder: Path, kind: str, *parts: bytes) -> Path:
     always = arithmetic(device()), source_digest(Path(__file__).parent)
     digest = hashlib.sha256(b"\0".join([*parts, *always]))
     return folder / f"{kind}-{digest.hexdigest()[:32]}"
+
+
+@contextmanager
+def _unfinished(place: Path) -> Iterator[Path]:
+    """Lend a folder for the checkpoint of a result, which goes when the result is written."""
+    scratch = place.with_name(f"{place.name}.unfinished")
+    yield scratch
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _open(place: Path, load: Callable[[Path], T]) -> T | None:

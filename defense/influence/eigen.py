@@ -17,8 +17,9 @@ def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
 
     EK-FAC holds in any orthonormal basis, so what matters is that the basis is orthonormal.
     Wide matrices are therefore solved in float32, twice as fast, and again in float64 if the
-    result is not orthonormal. In float64 numpy's LAPACK does the work on the CPU: its 64-bit
-    integers have no limit on the workspace of wide matrices.
+    result is not orthonormal. On the CPU wide matrices go to the LAPACK of scipy (float32) and
+    numpy (float64, whose 64-bit integers have no limit on the workspace); narrow ones to that
+    of torch, which does not have to wake threads of its own.
 
     Args:
         name: The layer, for errors.
@@ -65,7 +66,7 @@ def _single(matrix: Tensor) -> Tensor | None:
 
 
 def _decompose(matrix: Tensor) -> Tensor:
-    if matrix.device.type != "cpu":
+    if matrix.device.type != "cpu" or len(matrix) < SINGLE_FROM:
         return torch.linalg.eigh(matrix).eigenvectors
     if matrix.dtype == torch.float64:
         return torch.from_numpy(np.linalg.eigh(matrix.numpy()).eigenvectors)

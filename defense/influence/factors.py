@@ -78,7 +78,8 @@ def fit_factors(
         settings: How to estimate.
         generator: Draws one label per row.
         task: Loss and label distribution of the model.
-        scratch: Folder for the checkpoint that makes a killed fit resumable.
+        scratch: Folder for the checkpoint that makes a killed fit resumable, to be deleted when
+            the result is written.
 
     Returns:
         Factors on the CPU, float32.
@@ -106,7 +107,6 @@ def fit_factors(
     fit = _Fit(network, images, settings, draws, task, forecast.batch_size)
     fit.resume(checkpoint)
     layers = fit.run()
-    checkpoint.remove()
     covered = coverage(model, layers)
     return Factors(
         layers,

@@ -145,7 +145,8 @@ def compute_influence(
         dampings: Instead of the one in `settings`; all in one pass.
         self_influence: Whether the rows' own norms are computed too, at the cost of rotating
             every row's gradient.
-        scratch: Folder for the checkpoint that makes a killed computation resumable.
+        scratch: Folder for the checkpoint that makes a killed computation resumable, to be
+            deleted when the result is written.
 
     Raises:
         ArtifactError: The factors belong to another model.
@@ -258,7 +259,6 @@ class _Scorer:
                 with timed("rows"):
                     self.rows_side(margin[:, group], side, first, number, checkpoint)
             del side  # before the next group takes its place
-        checkpoint.remove()
         return margin, norms
 
     def _resume(self, checkpoint: Checkpoint) -> tuple[int, int]:

@@ -15,7 +15,9 @@ def run(params: Params) -> str:
     model, suspect = load_model(paths.SUSPECT, params, train)
     require_input(suspect, "poisoned_train", manifest.digest, owner=paths.SUSPECT)
     generator = seeded(params.seed, "fisher")
-    factors = fit_factors(model, train, params.factors, generator, scratch=paths.SCRATCH)
+    factors = fit_factors(
+        model, train, params.factors, generator, scratch=paths.SCRATCH / "factors"
+    )
     origin = {"suspect": suspect.digest, "poisoned_train": manifest.digest}
     save_factors(paths.FACTORS, factors, inputs=origin)
     summary = {

@@ -26,7 +26,9 @@ def run(params: Params) -> str:
         params.transforms,
         seeded(params.seed, "transforms"),
     )
-    scores = pairwise_scores(model, factors, queries, train, params.scores, scratch=paths.SCRATCH)
+    scores = pairwise_scores(
+        model, factors, queries, train, params.scores, scratch=paths.SCRATCH / "influence"
+    )
     origin = {
         "factors": factors_manifest.digest,
         "affected": affected_manifest.digest,

@@ -18,7 +18,11 @@ def run(params: Params) -> str:
     if flags.mask.all():
         raise DataError("every training row is flagged, nothing is left to train on")
     trainer = make_trainer(
-        params.model, params.train, seed=params.seed, stream="remediated", scratch=paths.SCRATCH
+        params.model,
+        params.train,
+        seed=params.seed,
+        stream="remediated",
+        scratch=paths.SCRATCH / "remediate",
     )
     done = params.unlearner.unlearn(
         model, train.where(flags.mask), train.where(~flags.mask), trainer

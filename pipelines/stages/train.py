@@ -21,7 +21,11 @@ def run(params: Params) -> str:
     probe, probe_manifest = load_images(paths.PROBE)
     find_layers(params.model.build(train.shape, train.num_classes))  # refuse before training
     trainer = make_trainer(
-        params.model, params.train, seed=params.seed, stream="suspect", scratch=paths.SCRATCH
+        params.model,
+        params.train,
+        seed=params.seed,
+        stream="suspect",
+        scratch=paths.SCRATCH / "train",
     )
     trained = trainer.fit(train)
     predicted = predict(trained.model, probe, label="probe")

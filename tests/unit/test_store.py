@@ -8,15 +8,14 @@ import torch
 
 from defense.errors import ArtifactError
 from defense.influence.scores import ScoreSettings, compute_influence
+from defense.influence.sketch import FOLD, Sketcher
 from defense.influence.store import (
     RowStore,
-    Sketcher,
     StoreSettings,
     build_store,
     load_store,
     query_store,
 )
-from defense.influence.task import CLASSIFICATION
 from defense.records import Queries
 from tests.conftest import make_images
 from tests.unit.test_resume import fit, small_model
@@ -47,8 +46,7 @@ def direct(problem, queries: Queries) -> np.ndarray:
 def stored(problem, settings: StoreSettings, queries: Queries) -> tuple[RowStore, np.ndarray]:
     model, images, factors = problem
     store = build_store(model, factors, images, settings)
-    sketcher = Sketcher(model, factors, settings, CLASSIFICATION)
-    return store, query_store(store, sketcher, queries)
+    return store, query_store(store, store.sketcher(model, factors), queries)
 
 
 @pytest.mark.parametrize("probe", [96, 64])
@@ -88,13 +86,63 @@ def test_a_store_is_kept_and_refuses_another_sketcher(problem, tmp_path: Path) -
     store, cosines = stored(problem, WIDE, queries)
     store.save(tmp_path / "store")
     kept = load_store(tmp_path / "store")
-    sketcher = Sketcher(model, factors, WIDE, CLASSIFICATION)
-    np.testing.assert_array_equal(query_store(kept, sketcher, queries), cosines)
+    answered = query_store(kept, kept.sketcher(model, factors), queries)
+    np.testing.assert_array_equal(answered, cosines)
     np.testing.assert_array_equal(kept.self_influence, store.self_influence)
-    other = Sketcher(model, factors, WIDE.model_copy(update={"seed": 1}), CLASSIFICATION)
-    with pytest.raises(ArtifactError, match="expected a sketcher of the store's model"):
+    other = WIDE.model_copy(update={"seed": 1}).sketcher(model, factors)
+    with pytest.raises(ArtifactError, match="expected a sketcher made by this store"):
         query_store(kept, other, queries)
+    changed = fit(model, problem[1], None, tier="fast")
+    with pytest.raises(ArtifactError, match="another model or other factors"):
+        kept.sketcher(model, changed)
     file = tmp_path / "store" / "rows.npy"
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(ArtifactError, match="truncated or edited"):
         load_store(tmp_path / "store")
+
+
+def test_the_strongest_coordinates_are_better_than_random_ones(problem) -> None:
+    model, images, factors = problem
+    queries = queries_of(images, 8)
+    expected = direct(problem, queries)
+    narrow = WIDE.model_copy(update={"sketch": 64})
+    sketcher = narrow.sketcher(model, factors)
+    strongest = sketcher.strongest(images, 16)
+    assert len(strongest) == FOLD * 64 < sketcher.count
+    assert (np.diff(strongest) > 0).all()
+    drawn = np.random.default_rng(0).permutation(sketcher.count)[: FOLD * 64]
+    agreement = []
+    for kept in (strongest, np.sort(drawn)):
+        sketcher.keep(kept)
+        rows, asked = (
+            sketcher.sketches(x, y)[0]
+            for x, y in ((images.images(), images.targets()), (queries.images, queries.labels))
+        )
+        cosines = (asked @ rows.T).numpy()
+        agreement.append(np.corrcoef(cosines.ravel(), expected.ravel())[0, 1])
+    assert agreement[0] > agreement[1]
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_killed_store_continues_with_the_same_bytes(problem, tmp_path, monkeypatch) -> None:
+    model, images, factors = problem
+    undisturbed, _ = stored(problem, WIDE, queries_of(images, 1))
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    original, seen = Sketcher.sketches, []
+
+    def sketches(self, x, y):
+        seen.append(len(x))
+        if len(seen) == 4:
+            raise KilledError
+        return original(self, x, y)
+
+    monkeypatch.setattr(Sketcher, "sketches", sketches)
+    with pytest.raises(KilledError):
+        build_store(model, factors, images, WIDE, scratch=tmp_path)
+    continued = build_store(model, factors, images, WIDE, scratch=tmp_path)
+    for name in ("rows", "self_influence", "components", "kept"):
+        np.testing.assert_array_equal(getattr(continued, name), getattr(undisturbed, name))
+    assert len(seen) == 4 + 3  # batches of 16, three of which were kept

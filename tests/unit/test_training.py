@@ -71,14 +71,12 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     resumed, before = run(tmp_path).state_dict(), calls
     assert before < 18 + 30  # the finished epochs were not repeated
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_not_used(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("defense.checkpoints.Checkpoint.remove", lambda self: None)
     order = seeded(0, "order")
     first = train(model_for(split), split.train, RECIPE, order, scratch=tmp_path)
     file = next(tmp_path.glob("*.pt"))
