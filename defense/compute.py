@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -112,4 +113,6 @@ def has_bf16(place: torch.device) -> bool:
     """Tell whether a device multiplies bfloat16 in hardware, accumulating in float32."""
     if place.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()  # oneDNN says yes where it only emulates
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

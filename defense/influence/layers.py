@@ -192,24 +192,6 @@ def output_gradients(trace: Trace, dtype: torch.dtype) -> Tensor:
     return grad.reshape(full).transpose(1, 2).to(dtype)
 
 
-def per_sample_gradient(trace: Trace) -> Tensor:
-    """Contract activations and output gradients over positions: ``[n, g, o, i]``."""
-    dtype = trace.x.dtype
-    a, s = activations(trace, dtype, Workspace()), output_gradients(trace, dtype)
-    return s.transpose(2, 3) @ a
-
-
-def flat_gradient(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Bring a layer's parameters, or their gradients, to ``[g, o, i]`` as above."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    if isinstance(layer, nn.Conv2d):
-        weight = weight.permute(0, 2, 3, 1)
-    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
-    if bias is None:
-        return matrix
-    return torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
-
-
 Visit = Callable[[str, Trace], None]
 
 
@@ -233,9 +215,11 @@ class Tape:
         self.roots: list[Tensor] = []
         self.visit: Visit | None = None
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """Return the forward hook of one layer."""
-        return lambda module, inputs, output: self.keep(name, inputs[0], output)
+    def hook(self, name: str) -> Callable[..., Tensor]:
+        """Return the forward hook, with keywords, of one layer."""
+        return lambda module, inputs, named, output: self.keep(
+            name, inputs[0] if inputs else named["input"], output
+        )
 
     def keep(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         """Note one call of a layer; returns the output for the layers after it.

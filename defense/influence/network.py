@@ -87,7 +87,7 @@ class Network:
         self.dtype = next(iter(self.layers.values())).weight.dtype
         self.tape = Tape(self.layers)
         for name, layer in self.layers.items():
-            layer.register_forward_hook(self.tape.hook(name))
+            layer.register_forward_hook(self.tape.hook(name), with_kwargs=True)
 
     def outputs(self, images: Tensor) -> Tensor:
         """Run a batch of images: outputs ``[n, k]``."""
@@ -104,7 +104,8 @@ class Network:
 
     def forward(self, visit: Visit) -> None:
         """See `Tape.forward`."""
-        self.tape.forward(visit)
+        with _repeatable():
+            self.tape.forward(visit)
 
     def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
         """See `Tape.backward`."""

@@ -17,8 +17,9 @@ from defense.influence.contraction import (
     tiles,
 )
 from defense.influence.covariance import Autocorrelation, Gram, shifted_size
-from defense.influence.layers import Shape, Trace, per_sample_gradient
+from defense.influence.layers import Shape, Trace
 from defense.influence.products import Workspace
+from tests.parity.layout import per_sample_gradient
 
 SHIFTED = {
     "padding 1": {"kernel_size": 3, "padding": 1},

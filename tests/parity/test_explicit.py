@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from defense.influence import scores
 from defense.influence.contraction import Frame
 from defense.influence.factors import FactorSettings, fit_factors
-from defense.influence.layers import find_layers, flat_gradient
+from defense.influence.layers import find_layers
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION
 from defense.records import ImageSet, Queries
 from tests.conftest import make_images
+from tests.parity.layout import flat_gradient
 
 NUM_CLASSES = 4
 DAMPING = 0.1

@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense.errors import UnsupportedLayerError
-from defense.influence.layers import coverage, find_layers, flat_gradient, per_sample_gradient
+from defense.influence.layers import coverage, find_layers
 from defense.influence.network import Network
 from defense.influence.task import CLASSIFICATION, cotangents
+from tests.parity.layout import flat_gradient, per_sample_gradient
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(4, 6, 3, bias=False),
@@ -73,6 +74,21 @@ def test_linear_over_tokens() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3, bias=False), nn.Flatten())
     check(model, torch.randn(5, 4, 6), classes=12)
+
+
+class Keyword(nn.Module):
+    """Calls a layer with its input as a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x.flatten(1))
+
+
+def test_inputs_may_be_keywords() -> None:
+    check(Keyword(), torch.randn(7, 3, 2, 2))
 
 
 def test_in_place_activation_after_batch_norm() -> None:
