@@ -125,9 +125,13 @@ def _source(kind: type) -> str:
         return ""
 
 
-def source_digest(package: Path) -> bytes:
-    """Digest the source of a package: a result of other code is not continued."""
+def source_digest(*paths: Path) -> bytes:
+    """Digest source files, and those in folders: a result of other code is not continued.
+
+    To be taken when the code is imported; later the files may be others.
+    """
     digest = hashlib.sha256()
-    for file in sorted(package.glob("*.py")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for path in paths:
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.digest()

@@ -43,8 +43,8 @@ def tensors(values: Mapping[str, Tensor]) -> Writer:
 
 
 def read_array(path: Path, *, mapped: bool = False) -> NDArray[Any]:
-    """Read an npy file, memory-mapped if asked; what is written to it stays in memory."""
-    return np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
+    """Read an npy file, memory-mapped if asked."""
+    return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from defense.influence.network import Network
 from defense.records import ImageSet, Split, image_set
 
 os.environ["DEFENSE_DEVICE"] = "cpu"
@@ -27,3 +28,28 @@ def make_images(count: int, *, seed: int, classes: int = 4, shape=(3, 16, 16)) -
 @pytest.fixture(scope="session")
 def split() -> Split:
     return Split(make_images(160, seed=1), make_images(80, seed=2))
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that lets a number of batches pass, saving after each."""
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    original = Network.rows
+
+    def arm(count: int | None) -> list[int]:
+        seen: list[int] = []
+
+        def rows(self, images, numbers):
+            if count is not None and len(seen) == count:
+                raise KilledError
+            seen.append(len(numbers))
+            return original(self, images, numbers)
+
+        monkeypatch.setattr(Network, "rows", rows)
+        return seen
+
+    return arm

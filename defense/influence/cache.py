@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from defense.artifacts import open_artifact, write_artifact
-from defense.checkpoints import fingerprint, source_digest
+from defense.checkpoints import fingerprint
 from defense.compute import device
 from defense.errors import ArtifactError
 from defense.influence.factors import FactorSettings, fit_factors
-from defense.influence.products import arithmetic
+from defense.influence.products import provenance
 from defense.influence.scores import (
     Influence,
     ScoreSettings,
@@ -119,8 +119,7 @@ def cached_influence(
 
 
 def _place(folder: Path, kind: str, *parts: bytes) -> Path:
-    always = arithmetic(device()), source_digest(Path(__file__).parent)
-    digest = hashlib.sha256(b"\0".join([*parts, *always]))
+    digest = hashlib.sha256(b"\0".join([*parts, provenance(device())]))
     return folder / f"{kind}-{digest.hexdigest()[:32]}"
 
 

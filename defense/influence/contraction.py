@@ -260,7 +260,7 @@ def _whole(
 ) -> Iterator[tuple[slice, int, Tensor]]:
     shape = trace.shape
     size = len(trace), shape.groups, shape.outputs, shape.inputs
-    whole = space.take("gradients", size, dtype, trace.x.device)
+    whole = space.take("tile", size, dtype, trace.x.device)
     for group, a, s in sides:
         _contract(a, s, whole[group])
     yield slice(0, len(trace)), 0, whole

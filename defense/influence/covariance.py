@@ -8,6 +8,7 @@ the border of the image that one of them does not see. A 3x3 kernel needs 13 pro
 gradient of a convolution of the input with itself.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from defense.influence.contraction import GROUP, balanced
 from defense.influence.layers import Trace, activations, output_gradients
-from defense.influence.products import Workspace, outer
+from defense.influence.products import WIDE, Workspace, outer
 
 PANEL = 512  # columns of a panel of a symmetric product
 
@@ -99,7 +100,9 @@ class Autocorrelation(Covariance):
     def add(self, trace: Trace, dtype: torch.dtype, space: Workspace) -> None:
         """See `Covariance.add`."""
         x = trace.x.to(dtype, memory_format=torch.channels_last)
-        self.accumulate("shifts", self._shifts(x))
+        many = dtype == torch.bfloat16 and x.shape[1] >= WIDE
+        shifts = self._by_products(x, space) if many else self._by_convolution(x)
+        self.accumulate("shifts", shifts)
         for name, (shift, rows, columns) in self.strips().items():
             self.accumulate(name, _correlate(x, shift, rows, columns))
         if self.layer.bias is not None:
@@ -107,7 +110,7 @@ class Autocorrelation(Covariance):
             self.accumulate("sums", x.sum(0, dtype=wide).permute(1, 2, 0))
             self.accumulate("count", x.new_tensor([len(x) * trace.positions], dtype=wide))
 
-    def _shifts(self, x: Tensor) -> Tensor:
+    def _by_convolution(self, x: Tensor) -> Tensor:
         """Sum ``x[q] x[q + shift]^T`` over all pixels, for every shift down and to both sides.
 
         Returns:
@@ -125,6 +128,26 @@ class Autocorrelation(Covariance):
             [False, True, False],
         )  # fmt: skip
         return cast(Tensor, shifts)
+
+    def _by_products(self, x: Tensor, space: Workspace) -> Tensor:
+        """Do the same, faster for wide layers in bfloat16, by one product for every shift.
+
+        The input is laid out as ``[h, w + gap, n, c]``; with zeros in the gaps, a shift of the
+        whole is one of the pixels that mixes no two rows.
+        """
+        (rows, columns), (down, right) = self.layer.kernel_size, self.layer.dilation
+        n, channels, height, width = x.shape
+        pitch = width + right * (columns - 1)
+        plane = space.take("plane", (height, pitch, n, channels), x.dtype, x.device)
+        plane[:, :width].copy_(x.permute(2, 3, 0, 1))
+        plane[:, width:] = 0
+        flat = plane.view(-1, channels)
+        result = x.new_zeros(rows, 2 * columns - 1, channels, channels)
+        for r, c in itertools.product(range(rows), range(1 - columns, columns)):
+            step = (r * down * pitch + c * right) * n
+            if 0 <= step < len(flat):
+                torch.mm(flat[: len(flat) - step].T, flat[step:], out=result[r, c + columns - 1])
+        return result.permute(2, 3, 0, 1)
 
     def _offsets(self) -> list[tuple[int, int]]:
         """Place of every kernel entry relative to an output pixel, in input pixels."""

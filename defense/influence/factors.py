@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.checkpoints import Checkpoint, fingerprint, source_digest
+from defense.checkpoints import Checkpoint, fingerprint
 from defense.compute import batches, progress, timed
 from defense.errors import NumericalError
 from defense.influence.contraction import Basis, add_squares, cheapest_squares
@@ -21,7 +21,7 @@ from defense.influence.eigen import eigenvectors
 from defense.influence.forecast import Memory, forecast_factors
 from defense.influence.layers import Trace, coverage
 from defense.influence.network import Network
-from defense.influence.products import Workspace, arithmetic, heavy_dtype
+from defense.influence.products import Workspace, heavy_dtype, provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
 from defense.records import Factors, ImageSet, LayerFactors, Tier
@@ -100,11 +100,10 @@ def fit_factors(
         fingerprint(model, images),
         settings.model_dump_json().encode(),
         task.digest(),
-        arithmetic(network.place),
+        provenance(network.place),
         draws.numpy().tobytes(),
-        source_digest(Path(__file__).parent),
     )
-    fit = _Fit(network, images, settings, draws, task, forecast.batch_size)
+    fit = _Fit(model, network, images, settings, draws, task, forecast.batch_size)
     fit.resume(checkpoint)
     layers = fit.run()
     covered = coverage(model, layers)
@@ -124,6 +123,7 @@ class _Fit:
 
     def __init__(
         self,
+        model: nn.Module,
         network: Network,
         images: ImageSet,
         settings: FactorSettings,
@@ -131,7 +131,8 @@ class _Fit:
         task: Task,
         batch_size: int,
     ) -> None:
-        self.network, self.images, self.settings = network, images, settings
+        self.model, self.network = model, network
+        self.images, self.settings = images, settings
         self.draws, self.task, self.batch_size = draws, task, batch_size
         self.space = Workspace()
         self.checkpoint = Checkpoint(None)
@@ -201,9 +202,9 @@ class _Fit:
             self.done[label] = int(places[-1]) + 1
             self.save()
 
-    def outputs(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def outputs(self, network: Network, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Run a batch: outputs, and gradients of the loss the Fisher matrix is made of."""
-        outputs, targets = self.network.rows(self.images, rows)
+        outputs, targets = network.rows(self.images, rows)
         if self.settings.fisher == "sampled":
             draws = self.draws[torch.from_numpy(rows)].to(outputs.device)
             targets = self.task.sample(outputs.detach(), draws)
@@ -233,16 +234,20 @@ class _Fit:
                 self.add(name, side, trace, trace.x.dtype)
 
         for rows in self.steps("covariances"):
-            self.network.backward(*self.outputs(rows), visit)
+            self.network.backward(*self.outputs(self.network, rows), visit)
 
     def activation_covariances(self) -> None:
-        """Sum the activation side in forward passes, and weigh every row's loss gradient."""
+        """Sum the activation side in forward passes, and weigh every row's loss gradient.
+
+        They only choose a basis and rows, so that the network may run in bfloat16, too.
+        """
         dtype = heavy_dtype(self.network.place)
+        network = Network(self.model, self.settings.exclude, dtype)
         for rows in self.steps("activations"):
             with torch.no_grad():
-                _, slope = self.outputs(rows)
+                _, slope = self.outputs(network, rows)
                 self.mass[torch.from_numpy(rows)] = slope.double().square().sum(1).cpu()
-                self.network.forward(lambda name, trace: self.add(name, "activation", trace, dtype))
+                network.forward(lambda name, trace: self.add(name, "activation", trace, dtype))
 
     def leave_out(self, tolerance: float) -> None:
         """Keep the rows with the largest loss gradients that hold all but `tolerance` of them.
@@ -263,7 +268,7 @@ class _Fit:
             self.add(name, "gradient", trace, trace.x.dtype)
 
         for rows in self.steps("gradients"):
-            self.network.backward(*self.outputs(rows), visit)
+            self.network.backward(*self.outputs(self.network, rows), visit)
 
     def decompose(self) -> None:
         """Find the eigenvectors of both sides of every layer, dropping the covariances."""
@@ -288,7 +293,7 @@ class _Fit:
             add_squares(self.squares[name], trace, turned[name], order, dtype, self.space)
 
         for rows in self.steps("lambda"):
-            self.network.backward(*self.outputs(rows), visit)
+            self.network.backward(*self.outputs(self.network, rows), visit)
 
     def _mean_square(self, name: str, total: Tensor) -> Tensor:
         if not 0 < float(total.sum()) < math.inf:

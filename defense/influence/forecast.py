@@ -31,7 +31,6 @@ from defense.records import ImageSet, Tier
 GIB = 2**30
 SAMPLE_ROWS = 4  # rows a forecast is measured on
 SLACK = 1.25  # allowance for what allocators keep beyond what is in use
-WORK = 4 * (GROUP + 2 * TILE) + 24 * LARGE_TILE  # bytes of the buffers of a step
 SOLVER = 40  # bytes an eigenproblem takes for every entry, in float64
 LEAST_BATCH = 8  # rows below which more passes over the data are better than smaller batches
 PROBE = 1024  # width of the product whose rate is measured
@@ -101,6 +100,14 @@ class Survey:
         """Entries of the largest basis."""
         return max(s.groups * max(s.inputs, s.outputs) ** 2 for s in self.shapes.values())
 
+    @property
+    def work(self) -> int:
+        """Bytes of the buffers of a step; at least one sample has to fit into each."""
+        sizes = self.shapes.values()
+        group = max(GROUP, *(s.groups * s.positions * s.inputs for s in sizes))
+        tile = max(LARGE_TILE, *(s.groups * s.outputs * s.inputs for s in sizes))
+        return 4 * (group + 2 * TILE) + 28 * tile
+
 
 def survey(network: Network, images: ImageSet) -> Survey:
     """Run a few rows forward and backward, watching memory and time."""
@@ -169,6 +176,17 @@ class Forecast:
         return "\n".join([whole, *lines])
 
 
+@dataclass(frozen=True)
+class ScoreForecast(Forecast):
+    """What scores will take, and the decisions it rests on.
+
+    Attributes:
+        frames: Sides on which rows are rotated, by name of the layer.
+    """
+
+    frames: Mapping[str, Frame]
+
+
 def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Memory) -> Forecast:
     """Forecast the fit of the factors.
 
@@ -187,7 +205,7 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
         macs += order.cost(shape) + shape.positions * sides / 4
         orders[name] = f"{_size(shape)}  lambda {order}, {order.cost(shape) / 1e6:,.0f} M"
     # Beside the bases either one eigenproblem, or the packed bases and the squares.
-    fixed = WORK + bases + max(SOLVER * known.widest, bases + squares)
+    fixed = known.work + bases + max(SOLVER * known.widest, bases + squares)
     batch = memory.batch(fixed, known.row_bytes)
     if batch == 0:
         raise memory.refuse(fixed, known.row_bytes)
@@ -221,28 +239,36 @@ class QueryLoad:
 
 def forecast_scores(
     network: Network, images: ImageSet, load: QueryLoad, memory: Memory
-) -> Forecast:
+) -> ScoreForecast:
     """Forecast pairwise scores.
 
     Raises:
         DefenseError: The memory limit is too small.
     """
     known, held = survey(network, images), load.count * load.dampings
-    rows, macs, orders, elements, bases = len(images), 0.0, {}, 0, 0
+    rows, macs, per_pass, orders, elements, bases = len(images), 0.0, 0.0, {}, 0, 0
+    frames = {
+        name: Frame.of(shape, rows, held, load.norms) for name, shape in known.shapes.items()
+    }  # from all queries, so that groups of them give the same numbers
     for name, shape in known.shapes.items():
-        size, order = shape.groups * shape.outputs * shape.inputs, cheapest(shape)
-        frame = Frame.of(shape, rows, held, load.norms)
+        size, order, frame = (
+            shape.groups * shape.outputs * shape.inputs,
+            cheapest(shape),
+            frames[name],
+        )
         elements += size
         bases += shape.groups * (frame.inputs * shape.inputs**2 + frame.outputs * shape.outputs**2)
-        each_row = BATCHED * shape.positions * size + held * size
-        macs += rows * each_row + held * order.cost(shape) + frame.cost(shape, rows, held)
-        orders[name] = f"{_size(shape)}  queries {order}, {frame}, {each_row / 1e6:,.0f} M per row"
-    fixed = WORK + 24 * known.widest + load.number_bytes * bases + 4 * elements * load.norms
+        per_pass += rows * BATCHED * shape.positions * size + frame.cost(shape, rows, 0)
+        macs += held * (rows * size + order.cost(shape)) + frame.cost(shape, 0, held)
+        orders[name] = f"{_size(shape)}  queries {order}, {frame}"
+    fixed = known.work + 24 * known.widest + load.number_bytes * bases
     each_query = load.dampings * elements * load.number_bytes
     passes, batch = _passes(memory, fixed, known.row_bytes, load.count, each_query)
-    seconds = rows * known.row_seconds * passes + macs / known.macs_per_second
+    work = (macs + passes * per_pass) / known.macs_per_second
+    seconds = rows * known.row_seconds * passes + work
     gib = (resident() + fixed + load.count * each_query / passes + batch * known.row_bytes) / GIB
-    return Forecast(f"scores, {held:,} queries", orders, batch, passes, seconds, gib)
+    what = f"scores, {held:,} queries"
+    return ScoreForecast(what, orders, batch, passes, seconds, gib, frames)
 
 
 def _passes(

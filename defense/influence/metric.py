@@ -1,6 +1,7 @@
 """The metric of the damped inverse EK-FAC matrix: preconditioned queries, norms of rows."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Metric:
         self.wide = dtype
         self.space = Workspace()
         self.bases: dict[str, Basis] = {}
+        self.means = {name: self._mean(name) for name in self.layers}
 
     def basis(self, name: str) -> Basis:
         """Return the rotations into a layer's eigenbasis; they are kept."""
@@ -52,17 +54,20 @@ class Metric:
         sides = layer.activation_eigenvectors, layer.gradient_eigenvectors
         return Basis.of(*sides, self.place, self.dtype, back=back)
 
-    def weights(self, name: str) -> Tensor:
-        """Inverse damped eigenvalues of a layer: ``[d, g, o, i]``."""
-        eigenvalues = self.layers[name].lambda_matrix.to(self.place, self.wide)
-        mean = eigenvalues.mean()
-        inverse = torch.stack([1 / (eigenvalues + damping * mean) for damping in self.dampings])
-        if not inverse.isfinite().all():
+    def _mean(self, name: str) -> float:
+        mean = float(self.layers[name].lambda_matrix.mean())
+        smallest = min(self.dampings) * mean
+        if not 1 / torch.finfo(self.wide).max < smallest < math.inf:
             raise NumericalError(
                 f"expected eigenvalues of layer {name} whose damped inverse is finite, got a mean "
-                f"of {float(mean)}: the model is saturated, train it again or raise the damping"
+                f"of {mean}: the model is saturated, train it again or raise the damping"
             )
-        return inverse
+        return mean
+
+    def weight(self, name: str, damping: float, outputs: slice = slice(None)) -> Tensor:
+        """Inverse damped eigenvalues of a layer, of some of its outputs: ``[g, o, i]``."""
+        eigenvalues = self.layers[name].lambda_matrix[:, outputs].to(self.place, self.wide)
+        return 1 / (eigenvalues + damping * self.means[name])
 
 
 class QuerySide:
@@ -73,7 +78,7 @@ class QuerySide:
     """
 
     def __init__(
-        self, metric: Metric, count: int, batch_size: int, frame: Callable[[Shape], Frame]
+        self, metric: Metric, count: int, batch_size: int, frames: Mapping[str, Frame]
     ) -> None:
         """Make room for queries.
 
@@ -81,9 +86,10 @@ class QuerySide:
             metric: The metric of the inner products.
             count: Number of queries.
             batch_size: Rows they will be contracted with at a time.
-            frame: Tells on which sides the rows of a layer are rotated.
+            frames: On which sides the rows of a layer are rotated, by name of the layer.
         """
-        self.metric, self.count, self.batch_size, self.frame = metric, count, batch_size, frame
+        self.metric, self.count, self.batch_size = metric, count, batch_size
+        self.frames = {name: frame for name, frame in frames.items() if name in metric.layers}
         self.tiles: dict[str, list[Tensor]] = {}
         size = len(metric.dampings), count
         self.norms = torch.zeros(size, dtype=metric.wide, device=metric.place)
@@ -94,18 +100,17 @@ class QuerySide:
 
     def put(self, first: int, name: str, trace: Trace) -> None:
         """Precondition the gradients of a batch of queries that starts at number `first`."""
-        if name not in self.metric.layers:
+        if name not in self.frames:
             return
-        metric, order, frame = self.metric, cheapest(trace.shape), self.frame(trace.shape)
-        weights = metric.weights(name)
+        metric, order, frame = self.metric, cheapest(trace.shape), self.frames[name]
         basis, back = metric.rotations(name), metric.rotations(name, back=True)
         parts = gradients(trace, basis, order, metric.dtype, metric.space, LARGE_TILE)
         for part, gradient in parts:
             wide = gradient.to(metric.wide)
             place = first + part.start
-            for number, weight in enumerate(weights):
+            for number, damping in enumerate(metric.dampings):
                 room = metric.space.take("scaled", wide.shape, wide.dtype, wide.device)
-                scaled = torch.mul(wide, weight, out=room)
+                scaled = torch.mul(wide, metric.weight(name, damping), out=room)
                 self.norms[number, place : place + len(wide)] += (scaled * wide).flatten(1).sum(1)
                 plain = scaled.to(metric.dtype)
                 plain = plain if frame.inputs else back.inputs(plain)
@@ -131,14 +136,15 @@ class QuerySide:
             name: The layer.
             trace: What it saw.
         """
-        if name not in self.metric.layers:
+        if name not in self.frames:
             return
-        metric, known, frame = self.metric, self.tiles[name], self.frame(trace.shape)
+        metric, known, frame = self.metric, self.tiles[name], self.frames[name]
         width = known[0].shape[2]
-        weights = None if norms is None else metric.weights(name)
         parts = tiles(trace, metric.basis(name), frame, width, metric.dtype, metric.space)
         for part, number, gradient in parts:
             block[:, part] += product(known[number].flatten(1), gradient.flatten(1))
-            if norms is not None and weights is not None:
-                weight = weights[:, :, number * width : (number + 1) * width].flatten(1)
-                norms[:, part] += weight @ gradient.to(metric.wide).square().flatten(1).T
+            if norms is not None:
+                outputs = slice(number * width, (number + 1) * width)
+                squares = gradient.to(metric.wide).square().flatten(1)
+                for place, damping in zip(norms, metric.dampings, strict=True):
+                    place[part] += squares @ metric.weight(name, damping, outputs).flatten()

@@ -64,15 +64,18 @@ class Network:
     Attributes:
         layers: The layers that are traced, by name.
         place: The device.
-        dtype: Of the model's weights: float32, or float64 for checks.
+        dtype: Of the weights: float32, float64 for checks, or bfloat16.
     """
 
-    def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, exclude: Sequence[str] = (), dtype: torch.dtype | None = None
+    ) -> None:
         """Copy a model.
 
         Args:
             model: The suspect model.
             exclude: Names of layers to leave out.
+            dtype: Of the copy; None for that of the model, but at least float32.
 
         Raises:
             UnsupportedLayerError: See `find_layers`.
@@ -83,6 +86,7 @@ class Network:
             self.model.float()
         self.model.eval().requires_grad_(False)
         _replace_norms(self.model)
+        self.model.to(dtype)
         self.layers = find_layers(self.model, exclude)
         self.dtype = next(iter(self.layers.values())).weight.dtype
         self.tape = Tape(self.layers)
@@ -90,13 +94,13 @@ class Network:
             layer.register_forward_hook(self.tape.hook(name), with_kwargs=True)
 
     def outputs(self, images: Tensor) -> Tensor:
-        """Run a batch of images: outputs ``[n, k]``."""
+        """Run a batch of images: outputs ``[n, k]`` in at least float32."""
         self.tape.start(len(images))
         layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
         x = images.to(self.place, self.dtype, memory_format=layout)
         with _repeatable():
             result: Tensor = self.model(x)
-        return result.to(self.dtype)
+        return result.to(torch.promote_types(self.dtype, torch.float32))
 
     def rows(self, images: ImageSet, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Run some rows of a set: their outputs and their labels."""

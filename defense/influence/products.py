@@ -1,16 +1,21 @@
 """Matrix products at the speed the hardware offers, and the memory they are written to."""
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from defense import compute
+from defense.checkpoints import source_digest
 from defense.compute import has_bf16
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )  # on CPUs its fp32 kernel can be twice as fast as the BLAS behind torch.matmul
+
+CODE = source_digest(Path(__file__).parent, Path(compute.__file__))
 
 PACKED = (torch.float32, torch.bfloat16)
 WIDE = 128  # columns from which `product` sums outer products faster than the BLAS does
@@ -22,9 +27,9 @@ def heavy_dtype(place: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(place) else torch.float32
 
 
-def arithmetic(place: torch.device) -> bytes:
-    """Name what decides the last digits: the kind of device and its heavy precision."""
-    return f"{place.type} {heavy_dtype(place)}".encode()
+def provenance(place: torch.device) -> bytes:
+    """Name what a result depends on beside its inputs: code, kind of device, heavy precision."""
+    return CODE + f"{place.type} {heavy_dtype(place)}".encode()
 
 
 def packed(right: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.checkpoints import Checkpoint, fingerprint, source_digest
+from defense.checkpoints import Checkpoint, fingerprint
 from defense.compute import batches, timed, trim_memory
-from defense.errors import ArtifactError
-from defense.influence.contraction import Frame, balanced
-from defense.influence.forecast import Forecast, Memory, QueryLoad, forecast_scores
-from defense.influence.layers import Shape
+from defense.errors import ArtifactError, DataError
+from defense.influence.contraction import balanced
+from defense.influence.forecast import Memory, QueryLoad, ScoreForecast, forecast_scores
 from defense.influence.metric import Metric, QuerySide
 from defense.influence.network import Network
-from defense.influence.products import arithmetic, heavy_dtype
+from defense.influence.products import provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
 from defense.records import Factors, ImageSet, Queries
@@ -114,6 +112,7 @@ def pairwise_scores(
 
     Raises:
         ArtifactError: The factors belong to another model.
+        DataError: There are no rows or no queries.
         DefenseError: The memory limit is too small.
     """
     influence = compute_influence(model, factors, queries, images, settings, task, scratch=scratch)
@@ -150,17 +149,20 @@ def compute_influence(
 
     Raises:
         ArtifactError: The factors belong to another model.
+        DataError: There are no rows or no queries.
         DefenseError: The memory limit is too small.
     """
+    if not len(images) or not len(queries.labels):
+        raise DataError(
+            f"expected rows to score and queries, got {len(images)} and {len(queries.labels)}"
+        )
     network = Network(model, factors.excluded)
     _require_same_layers(factors, network)
     used = dampings or (settings.damping,)
     metric = Metric(factors, used, network.place, network.dtype)
     unique, back = _distinct(queries)
-    fast = factors.tier == "fast"
-    size = 2 if fast and heavy_dtype(network.place) == torch.bfloat16 else network.dtype.itemsize
     memory = Memory(settings.batch_size, settings.memory_limit)
-    held = QueryLoad(len(unique), len(used), size, self_influence)
+    held = QueryLoad(len(unique), len(used), metric.dtype.itemsize, self_influence)
     forecast = forecast_scores(network, images, held, memory)
     logger.info("%s", forecast)
     checkpoint = Checkpoint.at(
@@ -171,13 +173,9 @@ def compute_influence(
         settings.model_dump_json().encode(),
         f"{used} {self_influence}".encode(),
         task.digest(),
-        arithmetic(network.place),
-        source_digest(Path(__file__).parent),
+        provenance(network.place),
     )
-    frame = partial(
-        Frame.of, rows=len(images), queries=len(unique) * len(used), norms=self_influence
-    )  # from all queries, so that groups of them give the same numbers
-    scorer = _Scorer(network, metric, task, images, forecast, frame, norms=self_influence)
+    scorer = _Scorer(network, metric, task, images, len(unique), forecast, norms=self_influence)
     margin, norms = scorer.run(queries.images[unique], queries.labels[unique], checkpoint)
     if len(unique) < len(back):
         margin = margin[:, back]
@@ -232,34 +230,37 @@ class _Scorer:
         metric: Metric,
         task: Task,
         images: ImageSet,
-        plan: Forecast,
-        frame: Callable[[Shape], Frame],
+        num_queries: int,
+        plan: ScoreForecast,
         *,
         norms: bool,
     ) -> None:
         self.network, self.metric, self.task = network, metric, task
-        self.images, self.frame, self.norms = images, frame, norms
+        self.images, self.frames, self.norms = images, plan.frames, norms
         self.batch_size, self.num_passes = plan.batch_size, plan.num_passes
         kind = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
         self.scale: Reals = np.zeros(len(images), dtype=kind)
         self.own: Reals = np.full((len(metric.dampings), len(images)), np.nan, dtype=kind)
+        self.query_norms: Reals = np.zeros((len(metric.dampings), num_queries), dtype=kind)
 
     def run(self, images: Tensor, labels: Tensor, checkpoint: Checkpoint) -> tuple[Reals, Reals]:
         """Score all queries, in groups if they do not fit: ``[d, q, n]`` and ``[d, q]``."""
-        count, dampings = len(labels), len(self.metric.dampings)
-        margin = checkpoint.array((dampings, count, len(self.images)), self.scale.dtype)
+        count = len(labels)
+        size = *self.query_norms.shape, len(self.images)
+        margin = checkpoint.array(size, self.scale.dtype)
         current, row = self._resume(checkpoint)
-        norms = np.empty((dampings, count), dtype=self.scale.dtype)
         for number, group in enumerate(balanced(count, -(-count // self.num_passes))):
+            if number < current:
+                continue
             with timed("queries"):
                 side = self.query_side(images[group], labels[group])
-            norms[:, group] = side.norms.cpu().numpy()
-            if number >= current:
-                first = row if number == current else 0
-                with timed("rows"):
-                    self.rows_side(margin[:, group], side, first, number, checkpoint)
+            self.query_norms[:, group] = side.norms.cpu().numpy()
+            first = row if number == current else 0
+            with timed("rows"):
+                self.rows_side(margin[:, group], side, first, number, checkpoint)
             del side  # before the next group takes its place
-        return margin, norms
+        margin.setflags(write=False)  # it may be the file a killed computation continues from
+        return margin, self.query_norms
 
     def _resume(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """Take over a checkpoint and its plan; returns the pass and the row it was at."""
@@ -268,11 +269,12 @@ class _Scorer:
             return 0, 0
         self.batch_size, self.num_passes = state["batch_size"], state["num_passes"]
         self.scale, self.own = state["scale"].numpy(), state["own"].numpy()
+        self.query_norms = state["query_norms"].numpy()
         return state["pass"], state["row"]
 
     def query_side(self, images: Tensor, labels: Tensor) -> QuerySide:
         """Precondition the measure gradients of some queries."""
-        side = QuerySide(self.metric, len(labels), self.batch_size, self.frame)
+        side = QuerySide(self.metric, len(labels), self.batch_size, self.frames)
         for rows in batches(len(labels), self.batch_size, label="queries"):
             outputs = self.network.outputs(images[rows])
             wanted = labels[rows].to(self.network.place)
@@ -307,6 +309,7 @@ class _Scorer:
     def _save(self, checkpoint: Checkpoint, margin: Any, number: int, row: int) -> None:
         if checkpoint.due():
             margin.flush()
-            parts = {"scale": torch.from_numpy(self.scale), "own": torch.from_numpy(self.own)}
+            known = {"scale": self.scale, "own": self.own, "query_norms": self.query_norms}
+            parts = {name: torch.from_numpy(values) for name, values in known.items()}
             plan = {"batch_size": self.batch_size, "num_passes": self.num_passes}
             checkpoint.save({"pass": number, "row": row, **plan, **parts})

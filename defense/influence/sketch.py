@@ -32,29 +32,31 @@ class Sketcher:
 
     Attributes:
         kept: Numbers of the coordinates in use, ascending, counted through all layers.
-        origin: Digest of the model and the factors.
+        origin: Digest of the model, the factors, the damping, the seed and the task.
     """
 
     def __init__(
         self, model: nn.Module, factors: Factors, damping: float, size: int, seed: int, task: Task
     ) -> None:
-        """Prepare for sketches of all coordinates; see `keep`.
+        """Prepare; `keep` says of which coordinates the sketches are made.
 
         Args:
             model: The model the factors were fitted on.
             factors: EK-FAC factors.
             damping: Relative to each layer's mean Lambda.
-            size: Numbers of a sketch, `m`.
+            size: Numbers of a sketch, `m`; no more than there are coordinates are used.
             seed: Of the signs; the same seed draws the same.
             task: Whose measure is differentiated.
         """
         self.network = Network(model, factors.excluded)
         self.metric = Metric(factors, (damping,), self.network.place, self.network.dtype)
-        self.size, self.seed, self.task = size, seed, task
-        self.origin = _origin(model, factors)
-        self.weights = {name: self.metric.weights(name).flatten() for name in factors.layers}
+        self.task, self.seed = task, seed
+        self.origin = _origin(model, factors, f"{damping} {seed}".encode() + task.digest())
+        self.weights = {
+            name: self.metric.weight(name, damping).flatten() for name in factors.layers
+        }
         self.count = sum(map(len, self.weights.values()))
-        self.keep(np.arange(self.count))
+        self.size = min(size, self.count)
 
     def keep(self, kept: NDArray[np.int64]) -> None:
         """Use some coordinates only: their numbers, ascending."""
@@ -134,8 +136,8 @@ def _inverse(norms: Tensor) -> Tensor:
     return 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _origin(model: nn.Module, factors: Factors) -> str:
-    weights = hashlib.sha256(digest_of_factors(factors))
+def _origin(model: nn.Module, factors: Factors, rest: bytes) -> str:
+    weights = hashlib.sha256(digest_of_factors(factors) + rest)
     for name, value in sorted(model.state_dict().items()):
         weights.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
     return weights.hexdigest()

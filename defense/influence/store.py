@@ -6,6 +6,7 @@ what rows have in common and drop most of the sketch's noise. Afterwards any que
 own gradient and two products, and any row-by-row matrix costs one.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.artifacts import open_artifact, write_artifact
-from defense.checkpoints import Checkpoint, fingerprint, source_digest
+from defense.checkpoints import Checkpoint, fingerprint
 from defense.compute import batches, progress, seeded
-from defense.errors import ArtifactError
-from defense.influence.products import arithmetic, product
+from defense.errors import ArtifactError, DataError
+from defense.influence.products import product, provenance
 from defense.influence.scores import digest_of_factors
 from defense.influence.sketch import Sketcher
 from defense.influence.task import CLASSIFICATION, Task
@@ -66,7 +67,7 @@ class RowStore:
         components: bfloat16 as int16 ``[k, sketch]``, memory-mapped; from sketches to vectors.
         kept: Numbers of the coordinates the sketches are made of; see `Sketcher`.
         settings: How it was made.
-        origin: Digest of the model and the factors.
+        origin: See `Sketcher`.
     """
 
     rows: NDArray[np.float16]
@@ -80,12 +81,13 @@ class RowStore:
         """Prepare to sketch queries for this store; it may serve many calls.
 
         Raises:
-            ArtifactError: The store is of another model or other factors.
+            ArtifactError: The store is of another model, other factors or another task.
         """
         sketcher = self.settings.sketcher(model, factors, task)
         if sketcher.origin != self.origin:
             raise ArtifactError(
-                "the row store was made of another model or other factors: build it again"
+                "the row store was made of another model, other factors or another task: "
+                "build it again"
             )
         sketcher.keep(self.kept)
         return sketcher
@@ -93,18 +95,18 @@ class RowStore:
     def cosine(self, vectors: Tensor) -> NDArray[np.float32]:
         """Cosine of some vectors ``[q, k]`` with every row: ``[q, n]``."""
         parts = [
-            (vectors @ torch.from_numpy(self.rows[start : start + COLUMNS]).float().T).numpy()
+            (vectors @ _shared(self.rows[start : start + COLUMNS]).float().T).numpy()
             for start in range(0, len(self.rows), COLUMNS)
         ]
         return np.concatenate(parts, axis=1)
 
     def between(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine of some stored rows with every row: ``[m, n]``."""
-        return self.cosine(torch.from_numpy(self.rows[rows]).float())
+        return self.cosine(_shared(self.rows[rows]).float())
 
     def vectors(self, sketches: Tensor) -> Tensor:
         """Bring sketches ``[m, sketch]`` to stored vectors ``[m, k]``."""
-        components = torch.from_numpy(self.components).view(torch.bfloat16)
+        components = _shared(self.components).view(torch.bfloat16)
         return (sketches.cpu().to(torch.bfloat16) @ components.T).float()
 
     def save(self, path: Path, *, inputs: dict[str, str] | None = None) -> str:
@@ -113,6 +115,13 @@ class RowStore:
         files = {f"{name}.npy": array(getattr(self, name)) for name in names}
         meta = {"settings": self.settings.model_dump(mode="json"), "origin": self.origin}
         return write_artifact(path, "row_store", files, meta=meta, inputs=inputs)
+
+
+def _shared(values: NDArray[Any]) -> Tensor:
+    """Show memory to torch, which warns where it is read-only; nobody writes to it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 def load_store(path: Path) -> RowStore:
@@ -151,7 +160,12 @@ def build_store(
         task: Whose measure is differentiated.
         scratch: Folder for the checkpoint that lets a killed pass over the probe rows continue,
             to be deleted when the store is saved.
+
+    Raises:
+        DataError: There are no rows.
     """
+    if not len(images):
+        raise DataError("expected rows to store, got none")
     sketcher = settings.sketcher(model, factors, task)
     probe = probe_rows(len(images), settings)
     rest = np.delete(np.arange(len(images)), probe)
@@ -163,8 +177,7 @@ def build_store(
         digest_of_factors(factors),
         settings.model_dump_json().encode(),
         task.digest(),
-        arithmetic(sketcher.network.place),
-        source_digest(Path(__file__).parent),
+        provenance(sketcher.network.place),
     )
     known, norms = _probe(sketcher, images, probe, settings.batch_size, checkpoint)
     vectors, components = _principal(known, min(settings.components, len(probe)))
@@ -242,11 +255,13 @@ def query_store(store: RowStore, sketcher: Sketcher, queries: Queries) -> NDArra
         queries: Images and labels whose measure is differentiated.
 
     Raises:
-        ArtifactError: The sketcher is one of another model, other factors or another store.
+        ArtifactError: The sketcher was not made by this store.
+        DataError: There are no queries.
     """
-    same = sketcher.origin == store.origin and np.array_equal(sketcher.kept, store.kept)
-    if not same or (sketcher.size, sketcher.seed) != (store.settings.sketch, store.settings.seed):
+    if sketcher.origin != store.origin or not np.array_equal(sketcher.kept, store.kept):
         raise ArtifactError("expected a sketcher made by this store, got another: store.sketcher()")
+    if not len(queries.labels):
+        raise DataError("expected queries, got none")
     parts = []
     for rows in batches(len(queries.labels), store.settings.batch_size, label="queries"):
         sketches, _ = sketcher.sketches(queries.images[rows], queries.labels[rows])

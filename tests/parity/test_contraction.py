@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense.influence import contraction
+from defense.influence import contraction, products
 from defense.influence.contraction import (
     ORDERS,
     Basis,
@@ -52,6 +52,29 @@ def test_autocorrelation_is_the_covariance_of_patches(kind: str, bias: bool, siz
         for covariance in (shifted, unfolded):
             covariance.add(trace.rows(rows), torch.float64, Workspace())
     torch.testing.assert_close(shifted.total(), unfolded.total(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (4, 4), (5, 3)])
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_products_of_shifts_are_the_convolution(kind: str, size) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, **SHIFTED[kind]).double()
+    x = torch.randn(5, 3, *size, dtype=torch.float64)
+    covariance = Autocorrelation(layer, *size)
+    convolved, multiplied = covariance._by_convolution(x), covariance._by_products(x, Workspace())
+    middle = layer.kernel_size[1] - 1
+    torch.testing.assert_close(multiplied[:, :, 1:], convolved[:, :, 1:])
+    torch.testing.assert_close(multiplied[:, :, 0, middle:], convolved[:, :, 0, middle:])
+
+
+def test_wide_layers_have_the_same_covariance_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    trace = trace_of(nn.Conv2d(128, 4, 3, padding=1), torch.randn(3, 128, 5, 6))
+    shifted, unfolded = Autocorrelation(trace.layer, 5, 6), Gram("activation")
+    for covariance, dtype in ((shifted, torch.bfloat16), (unfolded, torch.float32)):
+        covariance.add(trace, dtype, Workspace())
+    difference = shifted.total() - unfolded.total()
+    assert difference.norm() < 0.01 * unfolded.total().norm()
 
 
 def test_covariance_is_computed_the_cheaper_way() -> None:
@@ -117,6 +140,24 @@ def test_tiles_are_rotated_on_the_sides_of_the_frame(frame, width, problem, monk
     for samples, number, tile in parts:
         result[samples, :, number * width : (number + 1) * width] = tile
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [3, 130])
+def test_products_are_those_of_matmul(width: int, monkeypatch) -> None:
+    monkeypatch.setattr(products, "DEEP", 1)
+    monkeypatch.setattr(products, "LARGE", 1)
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 7, 200)[..., 20 : 20 + width], torch.randn(2, 7, 150)
+    out = torch.empty(2, width, 150)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    expected = torch.einsum("bnx,bny->bxy", left, right)
+    torch.testing.assert_close(products.outer_each(left, right, out), expected, **tolerance)
+    torch.testing.assert_close(products.outer(left[0], right[0]), expected[0], **tolerance)
+    plain, wide = left[0], torch.randn(5, 400)[:, 9 : 9 + width]
+    expected = plain.double() @ wide.double().T
+    for side in (wide, products.packed(wide)):
+        result = products.product(plain, side)
+        torch.testing.assert_close(result, expected.float(), **tolerance)
 
 
 def test_a_frame_is_chosen_by_the_number_of_rows() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.influence import scores
+from defense.influence import contraction, scores
 from defense.influence.contraction import Frame
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.layers import find_layers
@@ -158,7 +158,11 @@ def test_lambda_is_the_second_moment_in_the_basis(model: nn.Module) -> None:
         )
 
 
-def test_scores_and_norms_are_those_of_the_dense_inverse(model: nn.Module) -> None:
+@pytest.mark.parametrize("tile", [300, contraction.TILE])
+def test_scores_and_norms_are_those_of_the_dense_inverse(
+    model: nn.Module, tile: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(contraction, "TILE", tile)
     images = set_of()
     queries, factors = queries_of(images), fit(model, images)
     rows = gradients_of(model, CLASSIFICATION.measure, images.images(), images.targets())
@@ -186,7 +190,9 @@ def test_scores_and_norms_are_those_of_the_dense_inverse(model: nn.Module) -> No
         torch.testing.assert_close(loss[name], -scale * rows[name], rtol=1e-9, atol=1e-14)
 
 
-def test_every_frame_gives_the_same_scores(model: nn.Module, monkeypatch) -> None:
+@pytest.mark.parametrize("tile", [300, contraction.TILE])
+def test_every_frame_gives_the_same_scores(model: nn.Module, tile: int, monkeypatch) -> None:
+    monkeypatch.setattr(contraction, "TILE", tile)
     images = set_of()
     queries, factors = queries_of(images), fit(model, images)
     eigenbasis = compute_influence(model, factors, queries, images, SETTINGS, self_influence=True)
@@ -196,6 +202,26 @@ def test_every_frame_gives_the_same_scores(model: nn.Module, monkeypatch) -> Non
         result = compute_influence(model, factors, queries, images, SETTINGS)
         np.testing.assert_allclose(result.margin, eigenbasis.margin, rtol=1e-8, atol=bound)
         np.testing.assert_allclose(result.query_norm, eigenbasis.query_norm, rtol=1e-9)
+
+
+def test_queries_of_another_size_meet_the_rows_in_their_frame() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 4),
+    ).double()  # fmt: skip
+    rows, other = (
+        make_images(40, seed=1, shape=(3, 4, 4)),
+        make_images(60, seed=2, shape=(3, 16, 16)),
+    )
+    nothing = torch.zeros(60, dtype=torch.int64)
+    queries = Queries(other.images(), other.targets(), nothing, nothing)
+    factors = fit(model, rows)
+    cheapest, eigenbasis = (
+        compute_influence(model, factors, queries, rows, SETTINGS, self_influence=norms).margin
+        for norms in (False, True)
+    )
+    np.testing.assert_allclose(cheapest, eigenbasis, rtol=1e-8, atol=1e-9 * np.abs(cheapest).max())
 
 
 def test_query_norms_are_scores_of_a_query_on_itself() -> None:

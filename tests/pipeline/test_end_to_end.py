@@ -87,12 +87,16 @@ def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     folders = [home / name for name in (*outs, "artifacts/flags", "artifacts/remediated")]
     folders.append(home / "reports")
     before = [file_bytes(folder) for folder in folders]
+    left_by_a_kill = home / "scratch" / "train" / "old.pt"
+    left_by_a_kill.parent.mkdir(parents=True)
+    left_by_a_kill.touch()
     for name in ("train", "factors", "influence", "detect", "remediate", "audit", "gate"):
         done = stage(home, name)
         assert done.returncode == 0
         assert len(done.stdout.strip().splitlines()) == 1  # what it tells the user
     for folder, old in zip(folders, before, strict=True):
         assert file_bytes(folder) == old, folder
+    assert not list((home / "scratch").iterdir())  # results are written, checkpoints go
 
 
 def test_lineage_links_data_to_verdict(clone: Path, home: Path) -> None:

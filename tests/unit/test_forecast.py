@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense.errors import DefenseError
+from defense.errors import DataError, DefenseError
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.records import Queries
@@ -68,6 +68,14 @@ def test_groups_of_queries_give_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(parts.query_norm, whole.query_norm, rtol=1e-6)
 
 
+def test_nothing_to_score_is_said() -> None:
+    model, images = small_model(), make_images(40, seed=1)
+    factors = fit_factors(model, images, FactorSettings(), torch.Generator().manual_seed(0))
+    for count, rows in ((0, images), (3, images.where(images.labels < 0))):
+        with pytest.raises(DataError, match="expected rows to score and queries, got"):
+            compute_influence(model, factors, queries_of(images, count), rows, ScoreSettings())
+
+
 PROGRAM = """
 import resource, sys
 import torch
@@ -94,6 +102,8 @@ factors = fit_factors(
 )
 settings = ScoreSettings(batch_size=512, memory_limit=limit)
 compute_influence(model, factors, queries_of(images, 200), images, settings)
+compute_influence(model, factors, queries_of(images, 9), images, settings, self_influence=True,
+                  dampings=tuple(0.1 * 2**k for k in range(20)))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(peak - (limit or 0))
 """

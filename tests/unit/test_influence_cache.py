@@ -11,7 +11,7 @@ from defense.influence.factors import FactorSettings
 from defense.influence.network import Network
 from defense.influence.scores import ScoreSettings
 from defense.records import ImageSet, Queries
-from tests.conftest import make_images
+from tests.conftest import KilledError, make_images
 from tests.unit.test_resume import parts, small_model
 
 
@@ -72,6 +72,22 @@ def test_another_question_is_not(tmp_path: Path, batches: list[int]) -> None:
         batches.clear()
         question()
         assert batches
+
+
+def test_a_killed_computation_continues_and_leaves_nothing_behind(tmp_path, kill_after) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    kill_after(4)
+    with pytest.raises(KilledError):
+        factors_of(tmp_path, model, images, batch_size=8)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
+    rest = kill_after(None)
+    factors = factors_of(tmp_path, model, images, batch_size=8)
+    continued = len(rest)
+    rest.clear()
+    expected = factors_of(tmp_path / "other", model, images, batch_size=8)
+    assert continued == len(rest) - 3  # the batches that were kept; a forecast's rows come first
+    assert parts(factors) == parts(expected)
+    assert [path.suffix for path in tmp_path.glob("factors-*")] == [""]
 
 
 @pytest.mark.parametrize("kind", ["factors", "influence"])

@@ -13,11 +13,10 @@ from torch import nn
 
 from defense.checkpoints import fingerprint
 from defense.influence.factors import FactorSettings, fit_factors
-from defense.influence.network import Network
 from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.records import Factors, ImageSet, Queries
 from defense.storage import save_factors
-from tests.conftest import make_images
+from tests.conftest import KilledError, make_images
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.unit.resumable_influence"]
@@ -44,31 +43,6 @@ def score(model: nn.Module, factors: Factors, images: ImageSet, scratch: Path | 
     return compute_influence(
         model, factors, queries, images, settings, self_influence=True, scratch=scratch
     )
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-@pytest.fixture
-def kill_after(monkeypatch: pytest.MonkeyPatch):
-    """Return a function that lets a number of batches pass, saving after each."""
-    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
-    original = Network.rows
-
-    def arm(count: int | None) -> list[int]:
-        seen: list[int] = []
-
-        def rows(self, images, numbers):
-            if count is not None and len(seen) == count:
-                raise KilledError
-            seen.append(len(numbers))
-            return original(self, images, numbers)
-
-        monkeypatch.setattr(Network, "rows", rows)
-        return seen
-
-    return arm
 
 
 def parts(factors: Factors) -> list[bytes]:
@@ -107,6 +81,17 @@ def test_killed_scores_end_with_the_same_bytes(kill_after, tmp_path: Path) -> No
     for one, other in zip(vars(resumed).values(), vars(undisturbed).values(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(rest) == 1 + 3  # the forecast's rows, and the batches that were not done
+
+
+def test_a_result_is_not_the_way_into_its_checkpoint(kill_after, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    factors = fit(model, images, None)
+    kill_after(None)
+    first = score(model, factors, images, tmp_path)
+    with pytest.raises(ValueError, match="read-only"):
+        first.margin[:] = 0
+    again = score(model, factors, images, tmp_path)
+    np.testing.assert_array_equal(again.margin, score(model, factors, images, None).margin)
 
 
 @pytest.mark.parametrize("count", [4, 9, 16])
@@ -245,6 +230,7 @@ def test_sigkill_at_random_moments_gives_the_same_bytes(tmp_path: Path) -> None:
     resumed = tmp_path / "resumed.npz"
     for share in np.random.default_rng(0).uniform(0.3, 0.95, 4):
         run_script(tmp_path / "scratch", resumed, killed_after=float(share) * length)
+    assert list((tmp_path / "scratch").glob("*.pt"))  # there is something to continue
     run_script(tmp_path / "scratch", resumed, killed_after=None)
     with np.load(whole) as expected, np.load(resumed) as actual:
         assert expected.files == actual.files

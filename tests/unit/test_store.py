@@ -17,7 +17,7 @@ from defense.influence.store import (
     query_store,
 )
 from defense.records import Queries
-from tests.conftest import make_images
+from tests.conftest import KilledError, make_images
 from tests.unit.test_resume import fit, small_model
 
 WIDE = StoreSettings(components=96, sketch=2**16, batch_size=16)
@@ -89,11 +89,13 @@ def test_a_store_is_kept_and_refuses_another_sketcher(problem, tmp_path: Path) -
     answered = query_store(kept, kept.sketcher(model, factors), queries)
     np.testing.assert_array_equal(answered, cosines)
     np.testing.assert_array_equal(kept.self_influence, store.self_influence)
-    other = WIDE.model_copy(update={"seed": 1}).sketcher(model, factors)
-    with pytest.raises(ArtifactError, match="expected a sketcher made by this store"):
-        query_store(kept, other, queries)
+    for change in ({"seed": 1}, {"damping": 10.0}):
+        other = WIDE.model_copy(update=change).sketcher(model, factors)
+        other.keep(kept.kept)
+        with pytest.raises(ArtifactError, match="expected a sketcher made by this store"):
+            query_store(kept, other, queries)
     changed = fit(model, problem[1], None, tier="fast")
-    with pytest.raises(ArtifactError, match="another model or other factors"):
+    with pytest.raises(ArtifactError, match="another model, other factors"):
         kept.sketcher(model, changed)
     file = tmp_path / "store" / "rows.npy"
     file.write_bytes(file.read_bytes()[:-2])
@@ -121,10 +123,6 @@ def test_the_strongest_coordinates_are_better_than_random_ones(problem) -> None:
         cosines = (asked @ rows.T).numpy()
         agreement.append(np.corrcoef(cosines.ravel(), expected.ravel())[0, 1])
     assert agreement[0] > agreement[1]
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
 
 
 def test_a_killed_store_continues_with_the_same_bytes(problem, tmp_path, monkeypatch) -> None:
