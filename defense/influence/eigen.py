@@ -9,6 +9,10 @@ from defense.errors import NumericalError
 
 SINGLE_FROM = 1024  # width from which float32 is tried first
 ORTHOGONAL = 1e-4  # how far V^T V may take a unit vector
+LEADING = 32  # eigenvectors that are found before the others
+ITERATIONS = 10  # of the subspace they are found in
+RESIDUAL = 1e-5  # of a leading eigenvector, relative to the largest eigenvalue
+LEVEL = 1.5  # times the smallest leading eigenvalue, to which the others are brought
 PROBES = 8  # random vectors that is tried on
 
 
@@ -57,12 +61,38 @@ def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
 
 
 def _single(matrix: Tensor) -> Tensor | None:
-    """Solve in float32; None if that fails or the result is not orthonormal."""
+    """Solve in float32; None if that fails or the result is not orthonormal.
+
+    The solver errs by a share of the largest eigenvalue, which mixes eigenvectors of small
+    ones. So the leading ones are found first and brought down to the size of the next.
+    """
+    values, leading = _leading(matrix)
+    lower = values - LEVEL * values[:1]
     try:
-        vectors = _decompose(matrix.clone())
+        vectors = _decompose(matrix - (leading * lower) @ leading.T)
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
         return None
+    rest = vectors[:, : len(vectors) - len(values)]  # the last ones span the leading ones
+    rest = rest - leading @ (leading.T @ rest)
+    vectors = torch.cat([rest, leading], dim=1)
     return vectors if _departure(vectors) < ORTHOGONAL else None
+
+
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the largest eigenvalues, ascending, and their vectors by subspace iteration.
+
+    Those that have not converged, and any below them, are left out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(len(matrix), 2 * LEADING, generator=generator).to(matrix)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, turn = torch.linalg.eigh(basis.T @ matrix @ basis)
+    values, vectors = values[-LEADING:], basis @ turn[:, -LEADING:]
+    residual = (matrix @ vectors - vectors * values).norm(dim=0)
+    failed = (residual > RESIDUAL * values[-1]).nonzero()
+    first = int(failed[-1]) + 1 if len(failed) else 0
+    return values[first:], vectors[:, first:]
 
 
 def _decompose(matrix: Tensor) -> Tensor:
