@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
 NUM_QUERIES = 51
 SMALL_BATCH = 16  # which may suit kronfluence better, as it holds the gradients of a whole batch
 DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
+CODE = hashlib.sha256(
+    source_digest(Path(metric.__file__).parent, Path(__file__).parent)
+).hexdigest()[:12]  # results of other code are not used
 RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
 
 
@@ -176,11 +179,11 @@ def measure_ours(problem: Problem, tier: str, count: int, folder: Path) -> dict[
 
 
 def measure_store(problem: Problem, folder: Path) -> dict[str, Any]:
-    """Compare cosines from the row store with those of the same factors without it."""
+    """Compare cosines from the row store with those of the same factors in float32."""
     rows, settings = problem.train, StoreSettings(batch_size=BATCH_SIZE, damping=DAMPING)
     factors = fit_factors(problem.model, rows, FactorSettings(batch_size=BATCH_SIZE), generator())
     direct = compute_influence(
-        problem.model, factors, problem.queries, rows,
+        problem.model, replace(factors, tier="exact"), problem.queries, rows,
         ScoreSettings(batch_size=BATCH_SIZE, damping=DAMPING), self_influence=True,
     ).cosine()[0]  # fmt: skip
     np.save(folder / "direct.npy", direct)
@@ -229,15 +232,8 @@ def turn(path: Path, problem: Problem, run: Callable[[], dict[str, Any]]) -> dic
     return dict(json.loads(path.read_text()))
 
 
-def runs_of(name: str, work: Path) -> Path:
-    """Folder of a network's measurements with the code as it is."""
-    code = source_digest(Path(metric.__file__).parent) + source_digest(Path(__file__).parent)
-    return work / f"{name}-{hashlib.sha256(code).hexdigest()[:12]}"
-
-
-def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]]:
+def measure(name: str, problem: Problem, folder: Path) -> dict[str, dict[str, Any]]:
     """Take all measurements of one network: results by tool and number of rows."""
-    folder = runs_of(name, work)
     folder.mkdir(exist_ok=True)
     results = {}
     for count in SIZES:
@@ -251,9 +247,11 @@ def measure(name: str, problem: Problem, work: Path) -> dict[str, dict[str, Any]
                 {"-small-batch": SMALL_BATCH} if count == min(SIZES) else {}
             )
             for suffix, size in sizes.items():
-                runs[f"kronfluence-{count}{suffix}"] = partial(
-                    measure_peer, problem.model, rows, labels, problem.queries, size, folder
-                )
+                key = f"kronfluence-{count}{suffix}"
+                runs[key] = partial(
+                    measure_peer, problem.model, rows, labels, problem.queries, size,
+                    folder / f"{key}.npy",
+                )  # fmt: skip
         if count == max(SIZES):
             runs["store"] = partial(measure_store, problem, folder)
         for key, run in runs.items():
@@ -274,8 +272,9 @@ def main(names: tuple[str, ...], work: Path) -> None:
     planted, figures, details = plant(), [], {}
     for name in names:
         problem = prepare(name, planted, work)
-        results = measure(name, problem, work)
-        rows, details[name] = figures_of(name, results, runs_of(name, work))
+        folder = work / f"{name}-{CODE}"
+        results = measure(name, problem, folder)
+        rows, details[name] = figures_of(name, results, folder)
         figures += rows
     command = "CIFAR10_FOLDER=<folder> python -m benchmarks.ekfac"
     settings = {

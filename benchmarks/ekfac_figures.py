@@ -70,18 +70,29 @@ def figures_of(name: str, results: Results, folder: Path) -> tuple[Figures, dict
     return [row | {"id": f"{name}_{row['id']}"} for row in rows], {"peer": peer, "runs": results}
 
 
+def fixed_seconds(results: Results, tool: str, few: int, many: int) -> float:
+    """Eigenproblems at 1,024 rows, and what of the scores does not grow with the rows."""
+    run = results[f"{tool}-1024"]
+    growing = slope(results, tool, few, many) * 1024 * run["step"] / BATCH_SIZE
+    return float(run["eigendecompositions"] + run["scores"] - growing)
+
+
 def peer_costs(name: str, results: Results) -> dict[str, float]:
-    """What kronfluence takes: steps per row at 1,024 rows, seconds, and a ratio of times."""
-    run, each = results["kronfluence-1024"], slope(results, "kronfluence", 256, 1024)
-    queries = run["scores"] - each * 1024 * run["step"] / BATCH_SIZE
+    """What kronfluence takes: steps per row at 1,024 rows, and seconds.
+
+    Its totals are those of the batch size that suits it better.
+    """
+    run, small = results["kronfluence-1024"], results["kronfluence-256-small-batch"]
+    better = min(1.0, small["total"] / results["kronfluence-256"]["total"])
     return {
         "covariance_steps": per_row(run, "covariances", 1024),
         "lambda_steps": per_row(run, "lambda", 1024),
-        "scores_steps": each,
-        "fixed_seconds": run["eigendecompositions"] + queries,
-        "small_batch_time": results["kronfluence-256-small-batch"]["total"]
-        / results["kronfluence-256"]["total"],
-        "total_seconds_4096": peer_total(results, max(SIZES), PEER_SIZES[name]),
+        "scores_steps": slope(results, "kronfluence", 256, 1024),
+        "fixed_seconds": fixed_seconds(results, "kronfluence", 256, 1024),
+        "small_batch_time": small["total"] / results["kronfluence-256"]["total"],
+        "small_batch_memory": small["peak_gib"] / results["kronfluence-256"]["peak_gib"],
+        "total_seconds_1024": better * run["total"],
+        "total_seconds_4096": better * peer_total(results, max(SIZES), PEER_SIZES[name]),
     }
 
 
@@ -89,7 +100,7 @@ def costs(results: Results, peer: dict[str, float]) -> Figures:
     """Time and memory."""
     most = max(SIZES)
     exact, fast, theirs = (results[key] for key in ("exact-1024", "fast-4096", "kronfluence-1024"))
-    fixed = exact["eigendecompositions"] + exact["queries"]
+    fixed = fixed_seconds(results, "exact", 1024, most)
     epoch = most / BATCH_SIZE * fast["step"]
     growth = results["exact-4096"]["total"] / exact["total"]
     memory = results["fast-1024"]["peak_gib"] / theirs["peak_gib"]
@@ -98,7 +109,7 @@ def costs(results: Results, peer: dict[str, float]) -> Figures:
         figure("lambda_steps", [per_row(exact, "lambda", 1024)], "<=", 4.5),
         figure("scores_steps", [slope(results, "exact", 1024, most)], "<=", 2.5),
         figure("fixed_ratio", [fixed / peer["fixed_seconds"]], "<=", 1 / 3),
-        figure("exact_speedup", [theirs["total"] / exact["total"]], ">=", 8),
+        figure("exact_speedup", [peer["total_seconds_1024"] / exact["total"]], ">=", 8),
         figure("fast_epochs", [fast["total"] / epoch], "<=", 4),
         figure("fast_speedup", [peer["total_seconds_4096"] / fast["total"]], ">=", 20),
         figure("memory_ratio", [memory], "<=", 0.5),

@@ -45,13 +45,13 @@ def measure_peer(
     drawn: Tensor,
     queries: Queries,
     batch_size: int,
-    folder: Path,
+    result: Path,
 ) -> dict[str, Any]:
-    """Fit factors and score, all queries in one pass; keeps the scores in `folder`."""
+    """Fit factors and score, all queries in one pass; keeps the scores in `result`."""
     train = TensorDataset(rows.images(), rows.targets(), drawn)
     asked = TensorDataset(queries.images, queries.labels)
     prepared = prepare_model(copy.deepcopy(model), Peer())
-    place = str(folder / "kronfluence")
+    place = str(result.parent / "kronfluence")
     analyzer = Analyzer("peer", prepared, Peer(), cpu=True, output_dir=place, disable_tqdm=True)
     options: dict[str, Any] = {
         "factor_args": FactorArguments(strategy="ekfac"),
@@ -85,7 +85,7 @@ def measure_peer(
         ),
     }
     scores = analyzer.load_pairwise_scores("scores")["all_modules"].to(torch.float32)
-    np.save(folder / f"kronfluence-{len(rows)}.npy", scores.numpy())
+    np.save(result, scores.numpy())
     return seconds | {"total": sum(seconds.values())}
 
 
