@@ -22,8 +22,8 @@ from defense.records import ImageSet, Queries
 class Peer(Task):
     """Cross-entropy of given labels, or of the labels drawn beforehand; measured by the margin.
 
-    Losses are taken in float64: in float32 the gradient of a perfectly fitted row, ``p - 1``,
-    is rounded to multiples of 6e-8, which blurs the ranking of the smallest scores.
+    Losses are taken in float64, because in float32 the gradient of a perfectly fitted row,
+    ``p - 1``, is rounded to multiples of 6e-8.
     """
 
     def compute_train_loss(
