@@ -13,11 +13,13 @@ import click
 from benchmarks.main_job import ROOT, clone, run, set_seed
 from benchmarks.record import RESULTS, hardware
 from defense.artifacts import write_json
+from defense.compute import seeded
+from defense.contracts import Repair
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.metrics import detection_quality
+from defense.prediction import predict
 from defense.records import Case
 from defense.storage import load_images, load_scores, load_truth
-from defense.training import predict
 from defense.unlearning.fine_tuning import CatastrophicForgetting
 from defense.victim import make_trainer
 from pipelines.params import Params, read_params
@@ -36,7 +38,8 @@ def thresholds(home: Path) -> dict[str, Any]:
     model, _ = load_model(home / "artifacts" / "suspect", read_params(home / "params.yaml"), train)
     found = {}
     for tau in THRESHOLDS:
-        flags = DeltaInfluence(tau=tau).detect(Case(train, model, queries, scores))
+        case = Case(train, model, queries, scores)
+        flags = DeltaInfluence(tau=tau).detect(case, seeded(0, "detect"))
         quality = detection_quality(flags, truth)[0]
         found[f"{tau:g}"] = {"tpr": quality.tpr.value, "precision": quality.precision.value}
     return found
@@ -48,13 +51,14 @@ def fine_tuning(home: Path, params: Params) -> dict[str, Any]:
     probe, _ = load_images(home / "artifacts" / "probe")
     test, _ = load_images(home / "artifacts" / "test")
     truth, _ = load_truth(home / "artifacts" / "truth")
+    affected, _ = load_images(home / "artifacts" / "affected")
     model, _ = load_model(home / "artifacts" / "suspect", params, train)
     trainer = make_trainer(params.model, params.train, seed=params.seed, stream="cf", scratch=None)
     found = {}
     for factor in RATES:
         method = CatastrophicForgetting(learning_rate=factor * params.train.learning_rate)
         forget, retain = train.where(truth.poisoned), train.where(~truth.poisoned)
-        done = method.unlearn(model, forget, retain, trainer).model
+        done = method.unlearn(Repair(model, forget, retain, affected), trainer).model
         psr = float((predict(done, probe) == probe.labels).mean())
         accuracy = float((predict(done, test) == test.labels).mean())
         found[f"{factor:g}"] = {"psr": psr, "accuracy": accuracy}

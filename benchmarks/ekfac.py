@@ -26,7 +26,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.ekfac_figures import BATCH_SIZE, PEER_SIZES, SIZES, figures_of, pearson
+from benchmarks.ekfac_figures import (
+    BATCH_SIZE,
+    COMPARED,
+    PEER_SIZES,
+    REPEATS,
+    SIZES,
+    figures_of,
+    pearson,
+)
 from benchmarks.kronfluence_peer import measure_peer
 from benchmarks.record import save
 from defense.artifacts import write_json
@@ -42,10 +50,13 @@ from defense.influence.store import StoreSettings, build_store, probe_rows, quer
 from defense.influence.task import CLASSIFICATION
 from defense.models.assemble import build_model
 from defense.models.resnet import ResNet9, ResNet18
+from defense.phases import Phase
+from defense.prediction import logits
 from defense.recipe import Recipe
 from defense.records import ImageSet, PoisonedSplit, Queries
 from defense.storage import load_weights, save_model
-from defense.training import logits, train
+from defense.training import train
+from defense.victim import make_surrogate
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
@@ -78,7 +89,9 @@ def plant() -> PoisonedSplit:
         pattern="square", size=3, margin=2, value=1.0, victim_class="ship",
         target_class="dog", poison_fraction=0.01,
     )  # fmt: skip
-    return attack.poison(source.load(seeded(0, "data")), seeded(0, "attack"))
+    split = source.load(seeded(0, "data"))
+    surrogate = make_surrogate(ResNet9(), RECIPE, split.train, seed=0, scratch=None)  # not used
+    return attack.poison(split, seeded(0, "attack"), surrogate)
 
 
 def prepare(name: str, planted: PoisonedSplit, work: Path) -> Problem:
@@ -89,7 +102,8 @@ def prepare(name: str, planted: PoisonedSplit, work: Path) -> Problem:
     if place.is_dir():
         load_weights(place, model)
     else:
-        model = train(model, rows, RECIPE, seeded(0, "train"), scratch=work / "training").model
+        phases = [Phase(rows, RECIPE.epochs)]
+        model = train(model, phases, RECIPE, seeded(0, "train"), scratch=work / "training").model
         save_model(place, model, meta={})
     image = planted.probe.images(np.arange(1))
     drawn = make_queries(
@@ -254,6 +268,10 @@ def measure(name: str, problem: Problem, folder: Path) -> dict[str, dict[str, An
                 )  # fmt: skip
         if count == max(SIZES):
             runs["store"] = partial(measure_store, problem, folder)
+        if count == COMPARED:
+            pair = {key: runs[key] for key in (f"exact-{count}", f"kronfluence-{count}")}
+            for number in range(2, REPEATS + 1):
+                runs |= {f"{key}-run{number}": run for key, run in pair.items()}
         for key, run in runs.items():
             results[key] = turn(folder / f"{key}.json", problem, run)
             click.echo(f"{name} {key}: {results[key]}")

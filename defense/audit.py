@@ -14,9 +14,9 @@ from torch import nn
 from defense.artifacts import Manifest
 from defense.method import Method
 from defense.metrics import detection_quality, model_quality
+from defense.prediction import predict
 from defense.records import Flags, ImageSet, Truth
 from defense.report import Affected, AuditReport, Evidence, ModelQuality
-from defense.training import predict
 
 
 class AuditSettings(Method):

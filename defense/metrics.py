@@ -23,7 +23,8 @@ def model_quality(
     """Measure one model from its predictions.
 
     The affected inputs are left out of the poison success rate and of robust accuracy: they
-    were chosen because they succeed.
+    were chosen because they succeed. If the attack is aimed at nothing else, they are all there
+    is, and count. Images that are attacked without a trigger do not count for clean accuracy.
 
     Args:
         clean: Predicted classes of the test set, int64 ``[t]``.
@@ -34,10 +35,11 @@ def model_quality(
         affected_ids: Ids of the affected inputs.
     """
     chosen = np.isin(probe_set.ids, affected_ids)
+    trials = np.ones_like(chosen) if chosen.all() else ~chosen
     return ModelQuality(
-        psr=rate((probe == truth.target_class)[~chosen]),
-        clean_accuracy=rate(clean == test_set.labels),
-        robust_accuracy=rate((probe == truth.probe_labels)[~chosen]),
+        psr=rate((probe == truth.target_class)[trials]),
+        clean_accuracy=rate((clean == test_set.labels)[~truth.victims]),
+        robust_accuracy=rate((probe == truth.probe_labels)[trials]),
         affected_fooled=rate((probe == probe_set.labels)[chosen]),
     )
 

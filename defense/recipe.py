@@ -9,19 +9,21 @@ from defense.method import Method
 
 
 class Recipe(Method):
-    """Training with SGD and Nesterov momentum on cross-entropy, without label smoothing.
+    """Training by stochastic gradient descent on cross-entropy, without label smoothing.
 
     Attributes:
         epochs: Passes over the data.
         batch_size: Rows per step.
         learning_rate: Peak learning rate.
-        momentum: Nesterov momentum; 0 turns it off.
+        momentum: Nesterov momentum of ``sgd``; 0 turns it off.
         weight_decay: L2 penalty on every parameter.
         schedule: ``triangle`` (linear warm-up over a fifth of the steps, then linear decay),
             ``cosine``, ``steps`` (x 0.1 at 35 %, 60 % and 87.5 %, the paper's) or ``constant``.
         shift: Largest random shift in pixels, filled with black.
         flip: Mirror half of the images.
         precision: ``bf16`` keeps an fp32 master copy; worth it where the hardware has bf16.
+        optimizer: ``sgd`` (with momentum), ``adam`` or ``adadelta``.
+        clip_norm: Longest gradient, in the Euclidean norm over all parameters; None is no limit.
     """
 
     epochs: int = Field(gt=0)
@@ -33,6 +35,8 @@ class Recipe(Method):
     shift: int = Field(0, ge=0)
     flip: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["sgd", "adam", "adadelta"] = "sgd"
+    clip_norm: float | None = Field(None, gt=0)
 
 
 def learning_rate_at(recipe: Recipe, progress: float) -> float:

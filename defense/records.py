@@ -132,12 +132,15 @@ class Truth:
         original_labels: int64 ``[n]``; labels before the attack.
         target_class: Label the attack wants.
         probe_labels: int64 ``[p]``; true labels of the probe images.
+        victims: bool ``[t]`` over the test split; images that are attacked as they are, without
+            a trigger, and therefore do not count for clean accuracy.
     """
 
     poisoned: Mask
     original_labels: NDArray[np.int64]
     target_class: int
     probe_labels: NDArray[np.int64]
+    victims: Mask
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,9 @@ class PoisonedSplit:
 
     Attributes:
         train: The poisoned train set, same rows as the clean one.
-        probe: Triggered test images whose true class is not the target, labelled with the
-            target class; the share a model sends there is its poison success rate.
+        probe: Attacked test images (most attacks put a trigger on them) whose true class is
+            not the target, labelled with the target class; the share a model sends there is
+            its poison success rate.
         truth: What was planted.
     """
 
@@ -221,6 +225,10 @@ class Factors:
         )
 
 
+CHANGES = ("none", "both", "image", "label")
+Change = Literal["both", "image", "label"]
+
+
 @dataclass(frozen=True)
 class Queries:
     """The affected inputs and their transforms, ready to be scored.
@@ -229,13 +237,17 @@ class Queries:
         images: float32 ``[q, c, h, w]`` in [0, 1].
         labels: int64 ``[q]``; the label whose margin is differentiated.
         affected: int64 ``[q]``; which affected input the query comes from.
-        transform: int64 ``[q]``; -1 for the affected input itself, else the transform's number.
+        change: int64 ``[q]``; what of the affected input was changed, a number in `CHANGES`.
     """
 
     images: Tensor
     labels: Tensor
     affected: Tensor
-    transform: Tensor
+    change: Tensor
+
+    def changed(self, what: str) -> Mask:
+        """Mark the queries with a change, or with ``none``: bool ``[q]``."""
+        return self.change.numpy() == CHANGES.index(what)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def save_truth(path: Path, truth: Truth, *, inputs: Inputs) -> str:
         "poisoned.npy": array(truth.poisoned),
         "original_labels.npy": array(truth.original_labels),
         "probe_labels.npy": array(truth.probe_labels),
+        "victims.npy": array(truth.victims),
     }
     return write_artifact(
         path, "truth", files, meta={"target_class": truth.target_class}, inputs=inputs
@@ -108,6 +109,7 @@ def load_truth(path: Path) -> tuple[Truth, Manifest]:
         read_array(path / "original_labels.npy"),
         manifest.fact("target_class"),
         read_array(path / "probe_labels.npy"),
+        read_array(path / "victims.npy"),
     )
     return truth, manifest
 

@@ -1,27 +1,28 @@
-"""Training and prediction: one loop for suspect models, retraining and fine-tuning."""
+"""Training: one loop for suspect models, retraining, fine-tuning, unlearning."""
 
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import batches, device, has_bf16, progress
+from defense.compute import device, has_bf16, progress
 from defense.errors import DataError, NumericalError
+from defense.phases import Phase
 from defense.recipe import Recipe, learning_rate_at
-from defense.records import ImageSet, Trained
+from defense.records import Trained
 
-PREDICT_BATCH = 500
-VERSION = 1  # of the loop below; a checkpoint of another version is not continued
+VERSION = 2  # of the loop below; a checkpoint of another version is not continued
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -44,21 +45,18 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
 class Stepper:
     """A model in training: the working copy, its fp32 master weights and the optimiser."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, frozen: Collection[str] = ()) -> None:
         """Copy `model` to the device; it stays as it is."""
         place = device()
         self.recipe, self.place = recipe, place
         self.work = copy.deepcopy(model).to(place).to(memory_format=torch.channels_last)
         self.work.train().requires_grad_(True)
+        _freeze(self.work, frozen)
         self.master = self._lower(self.work) if recipe.precision == "bf16" else []
         masters = {id(low): high for low, high in self.master}
-        self.optimizer = torch.optim.SGD(
-            [masters.get(id(p), p) for p in self.work.parameters()],
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-        )
+        trained = [p for p in self.work.parameters() if p.requires_grad]
+        self.trained = [masters.get(id(p), p) for p in trained]
+        self.optimizer = _optimizer(self.trained, recipe)
 
     def _lower(self, model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Turn convolutions and linear layers to bf16; returns (bf16, fp32 master) pairs."""
@@ -74,16 +72,20 @@ class Stepper:
                     pairs.append((parameter, master))
         return pairs
 
-    def step(self, images: Tensor, targets: Tensor, learning_rate: float) -> Tensor:
-        """Take one SGD step; returns the mean loss before it."""
+    def step(
+        self, phase: Phase, batch: Tensor, rows: NDArray[np.int64], learning_rate: float
+    ) -> Tensor:
+        """Take one step on a batch; returns the mean loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        images = images.to(self.place, memory_format=torch.channels_last)
-        loss = F.cross_entropy(self.work(images).float(), targets.to(self.place))
+        batch = batch.to(self.place, memory_format=torch.channels_last)
+        loss = phase.loss(self.work, batch, rows)
         self.work.zero_grad(set_to_none=True)
         loss.backward()
         for low, high in self.master:
             high.grad = None if low.grad is None else low.grad.float()
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
             for low, high in self.master:
@@ -115,12 +117,33 @@ def _cast_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (inputs[0].to(weight.dtype), *inputs[1:])
 
 
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    rate, decay, momentum = recipe.learning_rate, recipe.weight_decay, recipe.momentum
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, rate, weight_decay=decay)
+    if recipe.optimizer == "adadelta":
+        return torch.optim.Adadelta(parameters, rate, weight_decay=decay)
+    return torch.optim.SGD(parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+
+def _freeze(model: nn.Module, names: Collection[str]) -> None:
+    """Fix parameters, and the statistics of modules all of whose parameters are fixed."""
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(prefix, recurse=False))
+        fixed = own.keys() & set(names)
+        for name in fixed:
+            own[name].requires_grad_(False)
+        if own and len(fixed) == len(own):
+            module.eval()
+
+
 def train(
     model: nn.Module,
-    images: ImageSet,
+    phases: Sequence[Phase],
     recipe: Recipe,
     generator: torch.Generator,
     *,
+    frozen: Collection[str] = (),
     scratch: Path | None = None,
     label: str = "train",
 ) -> Trained:
@@ -128,9 +151,10 @@ def train(
 
     Args:
         model: Where to start; it stays as it is.
-        images: The training set.
-        recipe: How to train.
+        phases: What is trained on, one after the other; the schedule runs over all of them.
+        recipe: How to train; the phases say how many epochs.
         generator: The only source of randomness (order, augmentation).
+        frozen: Names of parameters that keep their values.
         scratch: Folder for the checkpoint that makes a killed training resumable, to be deleted
             when the result is written.
         label: Text of the progress bar.
@@ -139,44 +163,49 @@ def train(
         The trained model, in eval mode on the CPU, and its cost.
 
     Raises:
-        DataError: There are fewer than two rows.
+        DataError: A phase has fewer than two rows.
         NumericalError: The loss became NaN or infinite.
     """
-    if len(images) < 2:
-        raise DataError(f"expected at least 2 rows to {label} on, got {len(images)}")
-    stepper = Stepper(model, recipe)
+    for phase in phases:
+        if len(phase.images) < 2:
+            raise DataError(f"expected at least 2 rows to {label} on, got {len(phase.images)}")
+    stepper = Stepper(model, recipe, frozen)
     checkpoint = Checkpoint.at(
         scratch,
         recipe.model_dump_json().encode(),
-        fingerprint(model, images),
+        repr([(phase.epochs, phase.name, phase.batch_size) for phase in phases]).encode(),
+        *(fingerprint(model, phase.images) for phase in phases),
+        repr(sorted(frozen)).encode(),
         str(VERSION).encode(),
         generator.get_state().numpy().tobytes(),
     )
-    _epochs(stepper, images, generator, checkpoint, label)
+    _epochs(stepper, phases, generator, checkpoint, label)
     trained = copy.deepcopy(model).cpu()
     trained.load_state_dict(stepper.weights())
-    return Trained(trained.eval(), recipe.epochs * len(images))
+    return Trained(trained.eval(), sum(phase.num_gradients for phase in phases))
 
 
 def _epochs(
     stepper: Stepper,
-    images: ImageSet,
+    phases: Sequence[Phase],
     generator: torch.Generator,
     checkpoint: Checkpoint,
     label: str,
 ) -> None:
     """Run all epochs that the checkpoint does not hold yet."""
     recipe, state = stepper.recipe, checkpoint.load()
+    epochs = [phase for phase in phases for _ in range(phase.epochs)]
+    steps = np.cumsum([0, *(phase.steps(recipe) for phase in epochs)]).tolist()
     first = 0
     if state is not None:
         stepper.restore(state["weights"], state["optimizer"])
         generator.set_state(state["generator"])
         first = state["epochs"]
-    steps = -(-len(images) // recipe.batch_size)
-    total = recipe.epochs * steps
-    with progress(total=total, initial=first * steps, desc=label, unit="step") as bar:
-        for epoch in range(first, recipe.epochs):
-            loss = _epoch(stepper, images, generator, epoch / recipe.epochs, bar)
+    with progress(total=steps[-1], initial=steps[first], desc=label, unit="step") as bar:
+        for epoch in range(first, len(epochs)):
+            shares = np.arange(steps[epoch], steps[epoch + 1]) / steps[-1]
+            with _own_randomness(stepper.place, generator.initial_seed() + epoch):
+                loss = _epoch(stepper, epochs[epoch], generator, shares, bar)
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the loss of {label} is {loss} in epoch {epoch + 1}; "
@@ -193,47 +222,28 @@ def _epochs(
             )
 
 
+@contextmanager
+def _own_randomness(place: torch.device, seed: int) -> Iterator[None]:
+    """Seed what draws from torch's global generator, such as dropout, and leave that alone."""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def _epoch(
-    stepper: Stepper, images: ImageSet, generator: torch.Generator, start: float, bar: tqdm
+    stepper: Stepper,
+    phase: Phase,
+    generator: torch.Generator,
+    shares: NDArray[np.float64],
+    bar: tqdm,
 ) -> float:
-    """Run one epoch; returns the mean loss."""
-    recipe = stepper.recipe
+    """Run one epoch, each step at its share of all steps; returns the mean loss."""
+    recipe, images = stepper.recipe, phase.images
     order = torch.randperm(len(images), generator=generator).numpy()
-    steps = -(-len(images) // recipe.batch_size)
     total = torch.zeros(())
-    for number, rows in enumerate(np.array_split(order, steps)):
+    for rows, share in zip(np.array_split(order, len(shares)), shares, strict=True):
         batch = augment(images.images(rows), recipe, generator)
-        share = start + number / (steps * recipe.epochs)
-        loss = stepper.step(batch, images.targets(rows), learning_rate_at(recipe, share))
+        loss = stepper.step(phase, batch, rows, learning_rate_at(recipe, float(share)))
         total = total + loss.cpu() * len(rows)
         bar.update()
     return float(total) / len(images)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model on the device in eval mode without parameter gradients; undo it after."""
-    training = model.training
-    required = [parameter.requires_grad for parameter in model.parameters()]
-    try:
-        yield model.to(device()).eval().requires_grad_(False)
-    finally:
-        for parameter, wanted in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(wanted)
-        model.cpu().train(training)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, images: ImageSet, *, label: str = "predict") -> Tensor:
-    """Compute the logits of every image: float32 ``[n, k]`` on the CPU."""
-    with frozen(model):
-        parts = [
-            model(images.images(rows).to(device())).float().cpu()
-            for rows in batches(len(images), PREDICT_BATCH, label=label)
-        ]
-    return torch.cat(parts) if parts else torch.zeros(0, images.num_classes)
-
-
-def predict(model: nn.Module, images: ImageSet, *, label: str = "predict") -> np.ndarray:
-    """Predict the class of every image: int64 ``[n]``."""
-    return logits(model, images, label=label).argmax(1).numpy()

@@ -4,12 +4,15 @@ import importlib
 import logging
 import shutil
 import sys
+import time
 
 import click
 
+from defense.artifacts import write_json
 from defense.errors import DefenseError
-from pipelines import paths
+from pipelines.matrix import read_cell
 from pipelines.params import read_params
+from pipelines.paths import PARAMS, Paths
 
 STAGES = (
     "data",
@@ -22,22 +25,29 @@ STAGES = (
     "audit",
     "gate",
     "track",
+    "reference",
+    "counterfactual",
 )
 
 
 @click.command()
 @click.argument("stage", type=click.Choice(STAGES))
-def main(stage: str) -> None:
+@click.option("--cell", help="Cell of a matrix of runs, such as cifar10/0/badnets/delta/eu.")
+def main(stage: str, cell: str | None) -> None:
     """Run one stage in the current folder; all of params.yaml is validated first."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("defense").setLevel(logging.INFO)
     try:
-        params = read_params(paths.PARAMS)
-        done = importlib.import_module(f"pipelines.stages.{stage}").run(params)
+        params, paths = read_cell(PARAMS, cell) if cell else (read_params(PARAMS), Paths())
+        start = time.perf_counter()
+        done = importlib.import_module(f"pipelines.stages.{stage}").run(params, paths)
     except DefenseError as error:
         click.echo(f"error: {stage}: {error}", err=True)
         sys.exit(2)
-    shutil.rmtree(paths.SCRATCH / stage, ignore_errors=True)
+    shutil.rmtree(paths.scratch(stage), ignore_errors=True)
+    if cell:  # for the tables; no output of DVC, because it differs from run to run
+        seconds = time.perf_counter() - start
+        write_json(paths.metrics(stage).with_suffix(".seconds.json"), {"seconds": seconds})
     click.echo(done)
 
 

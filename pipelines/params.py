@@ -1,6 +1,7 @@
 """Everything that can be set, in one schema; unknown keys are refused before a stage computes."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -25,9 +26,12 @@ class AffectedSettings(Method):
 
     Attributes:
         count: Inputs drawn at random among the probe images that succeed.
+        fill: If fewer succeed, take others of the probe as if they had; for measuring attacks
+            that may fail, not for incidents.
     """
 
     count: int = Field(gt=0, le=100)
+    fill: bool = False
 
 
 class TrackingSettings(Method):
@@ -82,12 +86,31 @@ def read_params(path: Path) -> Params:
     Raises:
         DefenseError: The file is missing or not valid; lists every problem on one line.
     """
+    return validate(path, read_yaml(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        DefenseError: The file is missing or not YAML.
+    """
     try:
-        return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DefenseError(f"expected parameters in {path.resolve()}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DefenseError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def validate(path: Path, sections: Any) -> Params:
+    """Validate the sections that were read from a file.
+
+    Raises:
+        DefenseError: They are not valid; lists every problem on one line.
+    """
+    try:
+        return Params.model_validate(sections)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']}"

@@ -1,24 +1,112 @@
 """Where every stage reads and writes, relative to the folder that holds dvc.yaml."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-PARAMS = Path("params.yaml")
 HOME = Path()
-SCRATCH = Path("scratch")  # checkpoints of unfinished stages by name, not under DVC
+PARAMS = Path("params.yaml")
+REFERENCES = ("truth", "chance", "nothing")  # stand for a detector in a matrix of runs
 
-ARTIFACTS = Path("artifacts")
-CLEAN_TRAIN = ARTIFACTS / "clean_train"
-TEST = ARTIFACTS / "test"
-POISONED_TRAIN = ARTIFACTS / "poisoned_train"
-PROBE = ARTIFACTS / "probe"
-TRUTH = ARTIFACTS / "truth"
-SUSPECT = ARTIFACTS / "suspect"
-AFFECTED = ARTIFACTS / "affected"
-FACTORS = ARTIFACTS / "factors"
-SCORES = ARTIFACTS / "scores"
-FLAGS = ARTIFACTS / "flags"
-REMEDIATED = ARTIFACTS / "remediated"
+LEVELS = {
+    "data": "data",
+    "poison": "attack",
+    "train": "attack",
+    "factors": "attack",
+    "influence": "attack",
+    "detect": "detection",
+    "reference": "detection",
+}  # of the stages before the remediation
 
-REPORTS = Path("reports")
-PLOTS = REPORTS / "plots"
-METRICS = Path("metrics")
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of one run; a matrix of runs shares those of its earlier stages.
+
+    Attributes:
+        data: Folder of what depends on the data alone.
+        attack: Folder of what follows up to the influence scores.
+        detection: Folder of the flags.
+        remediation: Folder of the remediated model and everything after it.
+    """
+
+    data: Path = HOME
+    attack: Path = HOME
+    detection: Path = HOME
+    remediation: Path = HOME
+
+    @property
+    def clean_train(self) -> Path:
+        """Artefact of the data stage."""
+        return self.data / "artifacts/clean_train"
+
+    @property
+    def test(self) -> Path:
+        """Artefact of the data stage."""
+        return self.data / "artifacts/test"
+
+    @property
+    def poisoned_train(self) -> Path:
+        """Artefact of the poison stage."""
+        return self.attack / "artifacts/poisoned_train"
+
+    @property
+    def probe(self) -> Path:
+        """Artefact of the poison stage."""
+        return self.attack / "artifacts/probe"
+
+    @property
+    def truth(self) -> Path:
+        """Artefact of the poison stage; only the audit may read it."""
+        return self.attack / "artifacts/truth"
+
+    @property
+    def suspect(self) -> Path:
+        """Artefact of the train stage."""
+        return self.attack / "artifacts/suspect"
+
+    @property
+    def affected(self) -> Path:
+        """Artefact of the train stage."""
+        return self.attack / "artifacts/affected"
+
+    @property
+    def factors(self) -> Path:
+        """Artefact of the factors stage."""
+        return self.attack / "artifacts/factors"
+
+    @property
+    def scores(self) -> Path:
+        """Artefact of the influence stage."""
+        return self.attack / "artifacts/scores"
+
+    @property
+    def flags(self) -> Path:
+        """Artefact of the detect stage."""
+        return self.detection / "artifacts/flags"
+
+    @property
+    def remediated(self) -> Path:
+        """Artefact of the remediate stage."""
+        return self.remediation / "artifacts/remediated"
+
+    @property
+    def reports(self) -> Path:
+        """Folder of the audit's and the gate's reports."""
+        return self.remediation / "reports"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the audit's pictures."""
+        return self.reports / "plots"
+
+    def metrics(self, stage: str) -> Path:
+        """File of a stage's figures."""
+        return self._home(stage) / "metrics" / f"{stage}.json"
+
+    def scratch(self, stage: str) -> Path:
+        """Folder of a stage's checkpoints, not under DVC."""
+        return self._home(stage) / "scratch" / stage
+
+    def _home(self, stage: str) -> Path:
+        home: Path = getattr(self, LEVELS.get(stage, "remediation"))
+        return home

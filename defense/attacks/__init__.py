@@ -6,9 +6,12 @@ from pydantic import Field
 
 from defense.attacks.badnets import BadNets
 from defense.attacks.blended import Blended
+from defense.attacks.sig import Sig
+from defense.attacks.smooth import Smooth
+from defense.attacks.witches_brew import WitchesBrew
 
 AnyAttack = Annotated[
-    BadNets | Blended,
+    BadNets | Smooth | WitchesBrew | Blended | Sig,
     Field(discriminator="name"),
 ]
 

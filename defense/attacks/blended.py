@@ -3,10 +3,13 @@
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from defense.attacks.triggered import TriggerAttack
+from defense.attacks.triggered import Stamp, TriggerAttack
+from defense.contracts import Surrogate
+from defense.records import ImageSet
 
 
 class Blended(TriggerAttack):
@@ -21,8 +24,12 @@ class Blended(TriggerAttack):
     alpha: float = Field(0.2, gt=0, le=1)
     pattern_seed: int = 0
 
+    def trigger(self, train: ImageSet, generator: torch.Generator, surrogate: Surrogate) -> Stamp:
+        """See `TriggerAttack.trigger`."""
+        return self.stamp
+
     def stamp(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """See `TriggerAttack.stamp`."""
+        """Blend the noise into copies of images: uint8 ``[n, c, h, w]``."""
         noise = np.random.default_rng(self.pattern_seed).integers(0, 256, pixels.shape[1:])
         mixed = (1 - self.alpha) * pixels + self.alpha * noise
         return np.rint(mixed).astype(np.uint8)

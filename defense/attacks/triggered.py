@@ -1,6 +1,7 @@
-"""What all trigger attacks share: draw victims, stamp them, relabel them, build the probe."""
+"""What all trigger attacks share: draw rows, stamp them, relabel them, build the probe."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from defense.compute import batches, pixel_store
-from defense.contracts import Attack
+from defense.attacks.planting import choose, copy_pixels, truth_of
+from defense.contracts import Attack, Surrogate
 from defense.errors import DataError
-from defense.records import ImageSet, PoisonedSplit, Split, Truth, image_set
+from defense.records import ImageSet, PoisonedSplit, Split, image_set
+
+Stamp = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 class TriggerAttack(Attack):
@@ -28,11 +31,17 @@ class TriggerAttack(Attack):
     poison_fraction: float = Field(0.01, gt=0, lt=1)
 
     @abstractmethod
-    def stamp(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Put the trigger on a copy of images: uint8 ``[n, c, h, w]``."""
+    def trigger(self, train: ImageSet, generator: torch.Generator, surrogate: Surrogate) -> Stamp:
+        """Make the trigger: from uint8 images ``[n, c, h, w]`` to triggered copies of them.
+
+        Args:
+            train: The clean train set.
+            generator: The only source of randomness.
+            surrogate: The attacker's own model.
+        """
 
     def victims(self, images: ImageSet) -> NDArray[np.int64]:
-        """List the rows the attack is meant for."""
+        """List the rows that the trigger is meant to mislead the model on."""
         target = images.class_index(self.target_class, role="attack.target_class")
         if self.victim_class is None:
             return np.flatnonzero(images.labels != target)
@@ -41,32 +50,29 @@ class TriggerAttack(Attack):
             raise DataError(f"attack: victim and target class are both '{self.target_class}'")
         return np.flatnonzero(images.labels == victim)
 
-    def poison(self, split: Split, generator: torch.Generator) -> PoisonedSplit:
+    def carriers(self, train: ImageSet) -> NDArray[np.int64]:
+        """List the train rows that may be poisoned: the victims, unless labels stay true."""
+        return self.victims(train)
+
+    def poison(
+        self, split: Split, generator: torch.Generator, surrogate: Surrogate
+    ) -> PoisonedSplit:
         """See `Attack.poison`."""
         train, test = split.train, split.test
         target = train.class_index(self.target_class, role="attack.target_class")
-        victims = self.victims(train)
-        count = round(self.poison_fraction * len(train))
-        if not 0 < count <= len(victims):
-            raise DataError(
-                f"attack.poison_fraction asks for {count} poisoned rows, expected between 1 and "
-                f"{len(victims)} (train rows of the victim class)"
-            )
-        chosen = victims[torch.randperm(len(victims), generator=generator)[:count].numpy()]
-        poisoned = np.zeros(len(train), dtype=np.bool_)
-        poisoned[chosen] = True
-        pixels, labels = pixel_store((len(train), *train.shape)), train.labels.copy()
-        for rows in batches(len(train), 4096, label="copy"):
-            pixels[rows] = train.uint8(rows)
-        pixels[poisoned] = self.stamp(pixels[poisoned])
-        labels[poisoned] = target
+        victims = self.victims(test)
+        chosen = choose(self.carriers(train), self.poison_fraction, len(train), generator)
+        stamp = self.trigger(train, generator, surrogate)
+        pixels, labels = copy_pixels(train), train.labels.copy()
+        pixels[chosen] = stamp(pixels[chosen])
+        labels[chosen] = target
         dirty = image_set(pixels, labels, train.ids, train.class_names)
-        probe, probe_labels = self._probe(test, target)
-        return PoisonedSplit(dirty, probe, Truth(poisoned, train.labels, target, probe_labels))
-
-    def _probe(self, test: ImageSet, target: int) -> tuple[ImageSet, NDArray[np.int64]]:
-        rows = self.victims(test)
-        clean = replace(test, labels=test.labels[rows], ids=test.ids[rows], rows=test.rows[rows])
-        labels = np.full(len(rows), target, dtype=np.int64)
-        probe = image_set(self.stamp(clean.uint8()), labels, clean.ids, test.class_names)
-        return probe, clean.labels
+        clean = replace(
+            test, labels=test.labels[victims], ids=test.ids[victims], rows=test.rows[victims]
+        )
+        wanted = np.full(len(victims), target, dtype=np.int64)
+        probe = image_set(stamp(clean.uint8()), wanted, clean.ids, test.class_names)
+        untouched = np.zeros(len(test), dtype=np.bool_)
+        return PoisonedSplit(
+            dirty, probe, truth_of(train, chosen, target, clean.labels, victims=untouched)
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import NumericalError
+from defense.influence.products import product
 
 SINGLE_FROM = 1024  # width from which float32 is tried first
 ORTHOGONAL = 1e-4  # how far V^T V may take a unit vector
@@ -43,7 +44,7 @@ def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
         )
     kept = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
     parts = [_solve(name, side, (part + part.T) / 2) for part in matrix]
-    return torch.stack(parts).to(kept)
+    return (torch.stack(parts) if len(parts) > 1 else parts[0][None]).to(kept)
 
 
 def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
@@ -67,15 +68,17 @@ def _single(matrix: Tensor) -> Tensor | None:
     ones. So the leading ones are found first and brought down to the size of the next.
     """
     values, leading = _leading(matrix)
-    lower = values - LEVEL * values[:1]
+    lower = leading * (values - LEVEL * values[:1])
     try:
-        vectors = _decompose(matrix - (leading * lower) @ leading.T)
+        deflated = matrix - product(lower, leading) if len(values) else matrix.clone()
+        rows = _decompose(deflated).T  # as they lie in memory
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
         return None
-    rest = vectors[:, : len(vectors) - len(values)]  # the last ones span the leading ones
-    rest = rest - leading @ (leading.T @ rest)
-    vectors = torch.cat([rest, leading], dim=1)
-    return vectors if _departure(vectors) < ORTHOGONAL else None
+    if len(values):
+        rest = rows[: -len(values)]  # the last ones span the leading ones
+        rest -= product(product(rest, leading.T), leading)
+        rows[len(rest) :] = leading.T
+    return rows.T if _departure(rows.T) < ORTHOGONAL else None
 
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(matrix), 2 * LEADING, generator=generator).to(matrix)
     for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(matrix @ basis).Q
+        basis = torch.linalg.qr(product(matrix, basis.T)).Q
     values, turn = torch.linalg.eigh(basis.T @ matrix @ basis)
     values, vectors = values[-LEADING:], basis @ turn[:, -LEADING:]
     residual = (matrix @ vectors - vectors * values).norm(dim=0)

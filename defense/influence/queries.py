@@ -22,9 +22,12 @@ class TransformSettings(Method):
 
     Attributes:
         num_transforms: Random transforms per affected input; the paper uses 50.
+        ablations: Score the changed images under the predicted label, and the unchanged image
+            under the other labels, too (the paper's image-only and label-only).
     """
 
     num_transforms: int = Field(50, gt=0)
+    ablations: bool = False
 
 
 def transforms(shape: tuple[int, int, int]) -> list[Transform]:
@@ -68,7 +71,8 @@ def make_queries(
     """Build the queries of every affected input: itself, then its transforms.
 
     A transform pairs a changed image with a label drawn evenly from the classes other than
-    the predicted one.
+    the predicted one. The ablations change one of the two as the transform does, and keep the
+    other.
 
     Args:
         images: The affected inputs, float32 ``[m, c, h, w]`` in [0, 1].
@@ -77,29 +81,46 @@ def make_queries(
         settings: How many transforms.
         generator: The only source of randomness; torch's global generator is left alone.
     """
-    count = 1 + settings.num_transforms
+    count = settings.num_transforms
     seed = int(torch.randint(2**62, (), generator=generator))
     channels, height, width = images.shape[1:]
     ops = transforms((channels, height, width))
+    changes = [0] + [1] * count + ([2] * count + [3] * count if settings.ablations else [])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        groups = [_variants(image, ops, settings.num_transforms) for image in images]
-        labels = [_labels(int(label), num_classes, count - 1) for label in predicted]
+        changed = [_variants(image, ops, count) for image in images]
+        drawn = [_labels(int(label), num_classes, count) for label in predicted]
+    parts = [
+        _assemble(*parts, ablations=settings.ablations)
+        for parts in zip(images, predicted, changed, drawn, strict=True)
+    ]
     return Queries(
-        torch.cat(groups),
-        torch.cat(labels),
-        torch.arange(len(images)).repeat_interleave(count),
-        torch.arange(-1, count - 1).repeat(len(images)),
+        torch.cat([part[0] for part in parts]),
+        torch.cat([part[1] for part in parts]),
+        torch.arange(len(images)).repeat_interleave(len(changes)),
+        torch.tensor(changes).repeat(len(images)),
     )
 
 
+def _assemble(
+    image: Tensor, label: int, changed: Tensor, drawn: Tensor, *, ablations: bool
+) -> tuple[Tensor, Tensor]:
+    """Line up the queries of one affected input: images ``[q, c, h, w]`` and labels ``[q]``."""
+    count = len(changed)
+    images, labels = [image[None], changed], [torch.tensor([label]), drawn]
+    if ablations:
+        images += [changed, image.expand_as(changed)]
+        labels += [torch.full((count,), label), drawn]
+    return torch.cat(images), torch.cat(labels)
+
+
 def _variants(image: Tensor, ops: list[Transform], count: int) -> Tensor:
-    """Stack an image and `count` transforms of it: ``[1 + count, c, h, w]``."""
+    """Stack `count` transforms of an image: ``[count, c, h, w]``."""
     chosen = torch.randint(len(ops), (count,)).tolist()
-    return torch.stack([image, *(ops[index](image).clamp(0, 1) for index in chosen)])
+    return torch.stack([ops[index](image).clamp(0, 1) for index in chosen])
 
 
 def _labels(predicted: int, num_classes: int, count: int) -> Tensor:
-    """Return the predicted label, then `count` others drawn evenly: int64 ``[1 + count]``."""
+    """Draw `count` labels other than the predicted one evenly: int64 ``[count]``."""
     drawn = torch.randint(num_classes - 1, (count,))
-    return torch.cat([torch.tensor([predicted]), drawn + (drawn >= predicted)])
+    return drawn + (drawn >= predicted)

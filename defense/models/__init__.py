@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from defense.models.assemble import build_model, channel_statistics
+from defense.models.assemble import build_model
 from defense.models.factory import Factory
 from defense.models.resnet import ResNet9, ResNet18
 from defense.models.small_cnn import SmallCnn
@@ -14,4 +14,4 @@ AnyArchitecture = Annotated[
     Field(discriminator="name"),
 ]
 
-__all__ = ["AnyArchitecture", "build_model", "channel_statistics"]
+__all__ = ["AnyArchitecture", "build_model"]

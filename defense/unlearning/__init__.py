@@ -4,11 +4,20 @@ from typing import Annotated
 
 from pydantic import Field
 
+from defense.unlearning.bad_teacher import BadTeacher
 from defense.unlearning.fine_tuning import CatastrophicForgetting
+from defense.unlearning.potion import Potion
 from defense.unlearning.retraining import ExactUnlearning
+from defense.unlearning.scrub import Scrub
+from defense.unlearning.ssd import SelectiveSynapticDampening
 
 AnyUnlearner = Annotated[
-    ExactUnlearning | CatastrophicForgetting,
+    ExactUnlearning
+    | CatastrophicForgetting
+    | SelectiveSynapticDampening
+    | Scrub
+    | BadTeacher
+    | Potion,
     Field(discriminator="name"),
 ]
 

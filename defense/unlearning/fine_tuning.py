@@ -5,8 +5,11 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from defense.contracts import Trainer, Unlearner
-from defense.records import ImageSet, Trained
+from defense.contracts import Repair, Trainer, Unlearner
+from defense.errors import DataError
+from defense.phases import Phase
+from defense.recipe import Recipe
+from defense.records import Trained
 
 
 class CatastrophicForgetting(Unlearner):
@@ -14,23 +17,47 @@ class CatastrophicForgetting(Unlearner):
 
     Attributes:
         budget: Epochs as a share of the epochs the suspect model was trained for; at least
-            one epoch is run.
+            one epoch is run. 1 is the Delta-Influence authors' setting.
         learning_rate: Peak learning rate; None takes the one of the original training.
+        last_layers: Train only the last so many convolutions and linear layers, with what
+            follows them; None trains all.
     """
 
     name: Literal["cf"] = "cf"
-    budget: float = Field(0.2, gt=0, le=0.5)
+    budget: float = Field(0.2, gt=0, le=1)
     learning_rate: float | None = Field(None, gt=0)
+    last_layers: int | None = Field(None, gt=0)
 
-    def unlearn(
-        self, model: nn.Module, forget: ImageSet, retain: ImageSet, trainer: Trainer
-    ) -> Trained:
-        """See `Unlearner.unlearn`."""
+    def _epochs(self, recipe: Recipe) -> int:
+        return max(1, round(self.budget * recipe.epochs))
+
+    def max_gradient_samples(self, num_forget: int, num_retain: int, recipe: Recipe) -> int:
+        """See `Unlearner.max_gradient_samples`."""
+        return self._epochs(recipe) * num_retain
+
+    def remove(self, repair: Repair, trainer: Trainer) -> Trained:
+        """See `Unlearner.remove`."""
         original = trainer.recipe
-        recipe = original.model_copy(
-            update={
-                "epochs": max(1, round(self.budget * original.epochs)),
-                "learning_rate": self.learning_rate or original.learning_rate,
-            }
-        )
-        return trainer.tune(model, retain, recipe)
+        epochs = self._epochs(original)
+        rate = self.learning_rate or original.learning_rate
+        recipe = original.model_copy(update={"epochs": epochs, "learning_rate": rate})
+        frozen = all_but_last(repair.model, self.last_layers) if self.last_layers else ()
+        return trainer.tune(repair.model, [Phase(repair.retain, epochs)], recipe, frozen=frozen)
+
+
+def all_but_last(model: nn.Module, count: int) -> list[str]:
+    """Name the parameters before the last `count` convolutions and linear layers.
+
+    Raises:
+        DataError: There are fewer layers.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    ]
+    if count > len(layers):
+        raise DataError(f"unlearner.last_layers is {count}, the model has {len(layers)} layers")
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{layers[-count]}."))
+    return names[:first]

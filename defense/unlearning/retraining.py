@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from torch import nn
-
-from defense.contracts import Trainer, Unlearner
-from defense.records import ImageSet, Trained
+from defense.contracts import Repair, Trainer, Unlearner
+from defense.recipe import Recipe
+from defense.records import Trained
 
 
 class ExactUnlearning(Unlearner):
@@ -13,8 +12,10 @@ class ExactUnlearning(Unlearner):
 
     name: Literal["eu"] = "eu"
 
-    def unlearn(
-        self, model: nn.Module, forget: ImageSet, retain: ImageSet, trainer: Trainer
-    ) -> Trained:
-        """See `Unlearner.unlearn`."""
-        return trainer.fit(retain)
+    def max_gradient_samples(self, num_forget: int, num_retain: int, recipe: Recipe) -> int:
+        """See `Unlearner.max_gradient_samples`: the original training's."""
+        return recipe.epochs * num_retain
+
+    def remove(self, repair: Repair, trainer: Trainer) -> Trained:
+        """See `Unlearner.remove`."""
+        return trainer.fit(repair.retain)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from defense.artifacts import Manifest, require_input, write_bytes, write_json, write_text
 from defense.audit import Exhibits, audit, evidence, flags_csv
@@ -11,8 +11,8 @@ from defense.pictures import draw
 from defense.records import Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
-from pipelines import paths
 from pipelines.params import Params
+from pipelines.paths import REFERENCES, Paths
 from pipelines.stages.common import load_model
 
 T = TypeVar("T")
@@ -39,10 +39,10 @@ class Shelf:
         return value
 
 
-def run(params: Params) -> str:
+def run(params: Params, paths: Paths) -> str:
     """Write the report as JSON and HTML, the pictures and the list of flagged rows."""
     shelf = Shelf()
-    exhibits, factors = collect(params, shelf)
+    exhibits, factors = collect(params, paths, shelf)
     costs = {
         name: shelf.manifests[artifact][1].meta["gradient_samples"]
         for name, artifact in (("train", "suspect"), ("remediate", "remediated"))
@@ -51,37 +51,45 @@ def run(params: Params) -> str:
         exhibits,
         params.audit,
         curvature=str(factors),
-        methods=params.model_dump(mode="json", exclude=OTHER_SECTIONS),
+        methods=methods_of(params, paths),
         gradient_samples=costs,
         artifacts=evidence(shelf.manifests),
     )
-    publish(report, exhibits)
+    publish(report, exhibits, paths)
     return summary(report)
 
 
-def collect(params: Params, shelf: Shelf) -> tuple[Exhibits, Factors]:
+def methods_of(params: Params, paths: Paths) -> dict[str, Any]:
+    """Collect the settings of all methods that took part."""
+    methods = params.model_dump(mode="json", exclude=OTHER_SECTIONS)
+    if paths.detection.name in REFERENCES:
+        methods["detector"] = {"name": paths.detection.name}
+    return methods
+
+
+def collect(params: Params, paths: Paths, shelf: Shelf) -> tuple[Exhibits, Factors]:
     """Open everything the audit looks at, in the order it was made."""
-    shelf.take(paths.CLEAN_TRAIN, load_images)
-    test = shelf.take(paths.TEST, load_images)
-    train = shelf.take(paths.POISONED_TRAIN, load_images)
-    probe = shelf.take(paths.PROBE, load_images)
-    truth = shelf.take(paths.TRUTH, load_truth)
-    before = shelf.take(paths.SUSPECT, lambda path: load_model(path, params, train))
-    affected = shelf.take(paths.AFFECTED, load_images)
-    factors = shelf.take(paths.FACTORS, load_factors)
-    shelf.take(paths.SCORES, load_scores)
-    flags = shelf.take(paths.FLAGS, load_flags)
-    after = shelf.take(paths.REMEDIATED, lambda path: load_model(path, params, train))
+    shelf.take(paths.clean_train, load_images)
+    test = shelf.take(paths.test, load_images)
+    train = shelf.take(paths.poisoned_train, load_images)
+    probe = shelf.take(paths.probe, load_images)
+    truth = shelf.take(paths.truth, load_truth)
+    before = shelf.take(paths.suspect, lambda path: load_model(path, params, train))
+    affected = shelf.take(paths.affected, load_images)
+    factors = shelf.take(paths.factors, load_factors)
+    shelf.take(paths.scores, load_scores)
+    flags = shelf.take(paths.flags, load_flags)
+    after = shelf.take(paths.remediated, lambda path: load_model(path, params, train))
     exhibits = Exhibits(train, test, probe, truth, affected, flags, before, after)
     return exhibits, factors
 
 
-def publish(report: AuditReport, exhibits: Exhibits) -> None:
+def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:
     """Write what people and later stages read."""
     pictures = draw(report, exhibits.train, exhibits.affected, exhibits.flags, exhibits.truth)
     for name, png in pictures.items():
-        write_bytes(paths.PLOTS / name, png)
-    write_json(paths.REPORTS / "audit.json", report.model_dump(mode="json"))
-    write_text(paths.REPORTS / "report.html", render(report, pictures))
-    write_text(paths.REPORTS / "flags.csv", flags_csv(exhibits.train, exhibits.flags))
-    write_json(paths.METRICS / "audit.json", headline(report))
+        write_bytes(paths.plots / name, png)
+    write_json(paths.reports / "audit.json", report.model_dump(mode="json"))
+    write_text(paths.reports / "report.html", render(report, pictures))
+    write_text(paths.reports / "flags.csv", flags_csv(exhibits.train, exhibits.flags))
+    write_json(paths.metrics("audit"), headline(report))

@@ -5,19 +5,19 @@ from defense.gate import read_verdict
 from defense.lineage import read_lineage
 from defense.report import read_report
 from defense.tracking import Recorded, track
-from pipelines import paths
 from pipelines.params import Params
+from pipelines.paths import HOME, Paths
 
 
-def run(params: Params) -> str:
+def run(params: Params, paths: Paths) -> str:
     """Write what was recorded; the run's id is the server's and stays out of the file."""
     recorded = Recorded(
-        paths.HOME,
-        read_report(paths.REPORTS / "audit.json"),
-        read_lineage(paths.HOME),
-        read_verdict(paths.REPORTS / "verdict.json").passed,
+        HOME,
+        read_report(paths.reports / "audit.json"),
+        read_lineage(HOME),
+        read_verdict(paths.reports / "verdict.json").passed,
     )
     run_id = track(recorded, params.tracking.experiment)
     record = {"experiment": params.tracking.experiment, "lineage": recorded.lineage["digest"]}
-    write_json(paths.REPORTS / "tracked.json", record)
+    write_json(paths.reports / "tracked.json", record)
     return f"MLflow run {run_id}"

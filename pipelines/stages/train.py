@@ -7,55 +7,55 @@ from defense.artifacts import write_json
 from defense.compute import seeded
 from defense.errors import DataError
 from defense.influence.layers import find_layers
+from defense.prediction import predict
 from defense.records import ImageSet
 from defense.storage import load_images, save_images, save_model
-from defense.training import predict
 from defense.victim import make_trainer
-from pipelines import paths
-from pipelines.params import Params
+from pipelines.params import AffectedSettings, Params
+from pipelines.paths import Paths
 
 
-def run(params: Params) -> str:
+def run(params: Params, paths: Paths) -> str:
     """Write the suspect model and the affected inputs."""
-    train, manifest = load_images(paths.POISONED_TRAIN)
-    probe, probe_manifest = load_images(paths.PROBE)
+    train, manifest = load_images(paths.poisoned_train)
+    probe, probe_manifest = load_images(paths.probe)
     find_layers(params.model.build(train.shape, train.num_classes))  # refuse before training
     trainer = make_trainer(
         params.model,
         params.train,
         seed=params.seed,
         stream="suspect",
-        scratch=paths.SCRATCH / "train",
+        scratch=paths.scratch("train"),
     )
     trained = trainer.fit(train)
     predicted = predict(trained.model, probe, label="probe")
-    affected = choose_affected(
-        probe, predicted, params.affected.count, seeded(params.seed, "affected")
-    )
+    affected = choose_affected(probe, predicted, params.affected, seeded(params.seed, "affected"))
     cost = {"gradient_samples": trained.gradient_samples}
     origin = {"poisoned_train": manifest.digest}
-    digest = save_model(paths.SUSPECT, trained.model, meta=cost, inputs=origin)
+    digest = save_model(paths.suspect, trained.model, meta=cost, inputs=origin)
     sources = {"probe": probe_manifest.digest, "suspect": digest}
-    save_images(paths.AFFECTED, affected, inputs=sources)
-    write_json(paths.METRICS / "train.json", cost)
+    save_images(paths.affected, affected, inputs=sources)
+    write_json(paths.metrics("train"), cost)
     fooled = int((predicted == probe.labels).sum())
     names = ", ".join(affected.ids[:3]) + (", ..." if len(affected) > 3 else "")
     return f"{fooled:,} of {len(probe):,} triggered images fool the model; affected input: {names}"
 
 
 def choose_affected(
-    probe: ImageSet, predicted: np.ndarray, count: int, generator: torch.Generator
+    probe: ImageSet, predicted: np.ndarray, settings: AffectedSettings, generator: torch.Generator
 ) -> ImageSet:
     """Draw affected inputs at random among the probe images that get the probe's label.
 
     Raises:
-        DataError: Fewer than `count` succeed.
+        DataError: There are too few of them.
     """
-    succeed = np.flatnonzero(predicted == probe.labels)
-    if len(succeed) < count:
+    count, fooled = settings.count, predicted == probe.labels
+    available = len(probe) if settings.fill else int(fooled.sum())
+    if available < count:
         raise DataError(
-            f"affected.count is {count}, but only {len(succeed)} of {len(probe)} triggered images "
+            f"affected.count is {count}, but only {fooled.sum()} of {len(probe)} triggered images "
             "get the target class: lower it, or make the attack or the training stronger"
         )
-    chosen = succeed[torch.randperm(len(succeed), generator=generator)[:count].numpy()]
+    drawn = torch.randperm(len(probe), generator=generator).numpy()
+    chosen = np.concatenate([drawn[fooled[drawn]], drawn[~fooled[drawn]]])[:count]
     return probe.where(np.isin(np.arange(len(probe)), chosen))

@@ -20,6 +20,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "folder": {"path": "x", "image_size": 8},
     "badnets": {"target_class": "a"},
     "blended": {"target_class": "a"},
+    "smooth": {"target_class": "a"},
+    "sig": {"target_class": "a"},
+    "witches_brew": {"target_class": "a"},
     "factory": {"factory": "torch.nn:Linear"},
 }
 

@@ -78,7 +78,7 @@ def test_influence_is_leave_one_out_on_ridge_regression() -> None:
     damping = penalty / float(factors.layers["1"].lambda_matrix.mean())
     query = images.images(np.arange(3))
     nothing = torch.zeros(3, dtype=torch.int64)
-    queries = Queries(query, nothing, torch.arange(3), -torch.ones(3, dtype=torch.int64))
+    queries = Queries(query, nothing, torch.arange(3), nothing)
     scores = pairwise_scores(model, factors, queries, images, ScoreSettings(damping=damping), task)
     wide = np.column_stack([x[:3], np.ones(3)])
     true = np.empty((3, len(rows)))

@@ -52,7 +52,7 @@ def set_of(count: int = 40) -> ImageSet:
 def queries_of(images: ImageSet, count: int = 5) -> Queries:
     labels = torch.arange(count) % NUM_CLASSES
     nothing = torch.zeros(count, dtype=torch.int64)
-    return Queries(images.images(np.arange(count)), labels, nothing, nothing - 1)
+    return Queries(images.images(np.arange(count)), labels, nothing, nothing)
 
 
 def one_gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:

@@ -13,8 +13,15 @@ FLOORS = (
     {"defense.errors", "defense.method"},
     {"defense.artifacts", "defense.recipe", "defense.report"},
     {"defense.records", "defense.compute"},
-    {"defense.checkpoints"},
-    {"defense.storage", "defense.training", "defense.gate", "defense.lineage", "defense.metrics"},
+    {"defense.checkpoints", "defense.phases", "defense.statistics"},
+    {
+        "defense.storage",
+        "defense.prediction",
+        "defense.training",
+        "defense.gate",
+        "defense.lineage",
+        "defense.metrics",
+    },
     {"defense.contracts"},
     {
         "defense.attacks",
@@ -32,6 +39,7 @@ FLOORS = (
     {"defense.victim"},
     {"pipelines.params", "pipelines.paths"},
     {"pipelines.stages"},
+    {"pipelines.matrix"},
     {"pipelines.__main__", "pipelines.reference"},
 )
 SECTIONS = {

@@ -48,7 +48,7 @@ def example_factors() -> Factors:
 
 def example_queries() -> Queries:
     numbers = torch.arange(2)
-    return Queries(torch.rand(2, 1, 2, 2), numbers, numbers * 0, numbers - 1)
+    return Queries(torch.rand(2, 1, 2, 2), numbers, numbers * 0, numbers)
 
 
 def savers(split: Split):
@@ -58,7 +58,7 @@ def savers(split: Split):
     queries, factors = example_queries(), example_factors()
     scores = np.random.default_rng(0).normal(size=(2, rows)).astype(np.float32)
     flags = Flags(scores[0], 0.5, ~mask, mask)
-    truth = Truth(mask, split.train.labels, 1, np.zeros(4, dtype=np.int64))
+    truth = Truth(mask, split.train.labels, 1, np.zeros(4, dtype=np.int64), np.zeros(5, bool))
     return {
         "images": lambda path: save_images(path, split.train, inputs={"a": "b"}),
         "truth": lambda path: save_truth(path, truth, inputs={}),
@@ -122,7 +122,7 @@ def test_records_come_back(split: Split, tmp_path: Path) -> None:
         factors.layers["first"].lambda_matrix, expected.layers["first"].lambda_matrix
     )
     (queries, scores), _ = load_scores(tmp_path / "scores")
-    assert queries.transform.tolist() == [-1, 0]
+    assert queries.change.tolist() == [0, 1]
     assert scores.shape == (2, len(images))
     flags, _ = load_flags(tmp_path / "flags")
     assert flags.threshold == 0.5

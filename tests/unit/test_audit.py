@@ -10,6 +10,8 @@ from defense.metrics import detection_quality, model_quality
 from defense.records import Flags, Split, Truth
 from defense.report import ModelQuality, Rate
 
+NOTHING = np.zeros(0, np.int64)
+
 
 def quality(psr: Rate, accuracy: Rate) -> ModelQuality:
     return ModelQuality(
@@ -31,7 +33,9 @@ def test_success_needs_a_measured_psr_below_the_bound(psr, correct, success) -> 
 def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> None:
     test = split.test.where(np.arange(len(split.test)) < 8)
     probe = replace(test, labels=np.full(8, 1))
-    truth = Truth(np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64), 1, test.labels)
+    truth = Truth(
+        np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64), 1, test.labels, np.zeros(8, bool)
+    )
     predicted = np.array([1, 1, 1, 0, 1, 2, 3, 1])
     measured = model_quality(test.labels, predicted, test, probe, truth, test.ids[:2])
     assert (measured.psr.successes, measured.psr.total) == (3, 6)
@@ -41,12 +45,26 @@ def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> Non
     assert (measured.robust_accuracy.successes, measured.robust_accuracy.total) == (right.sum(), 6)
 
 
+def test_an_attack_on_one_image_is_judged_by_that_image(split: Split) -> None:
+    """Witches' Brew: the affected input is all there is, and no test image of its own."""
+    test = split.test.where(np.arange(len(split.test)) < 8)
+    probe = replace(test.where(np.arange(8) == 2), labels=np.array([1]))
+    victims = np.arange(8) == 2
+    truth = Truth(np.zeros(3, bool), np.zeros(3, np.int64), 1, test.labels[victims], victims)
+    said = test.labels.copy()
+    said[2] = 1
+    measured = model_quality(said, np.array([1]), test, probe, truth, probe.ids)
+    assert (measured.psr.successes, measured.psr.total) == (1, 1)
+    assert (measured.clean_accuracy.successes, measured.clean_accuracy.total) == (7, 7)
+    assert measured.robust_accuracy.value == 0
+
+
 def test_detection_counts_against_the_truth() -> None:
     poisoned = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     suspicion = np.array([9, 8, 7, 1, 0, 9], dtype=np.float32)
     predicted = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
     flags = Flags(suspicion, 5.0, predicted, predicted)
-    truth = Truth(poisoned, np.zeros(6, dtype=np.int64), 1, np.zeros(0, dtype=np.int64))
+    truth = Truth(poisoned, np.zeros(6, np.int64), 1, NOTHING, NOTHING.astype(bool))
     restricted, everywhere = detection_quality(flags, truth)
     assert (restricted.tpr.successes, restricted.tpr.total) == (2, 3)
     assert (restricted.precision.successes, restricted.precision.total) == (2, 3)
@@ -57,7 +75,7 @@ def test_detection_counts_against_the_truth() -> None:
 
 def test_nothing_flagged_has_no_precision() -> None:
     nothing = Flags(np.zeros(2, dtype=np.float32), 1.0, np.ones(2, bool), np.ones(2, bool))
-    truth = Truth(np.array([True, False]), np.zeros(2, np.int64), 1, np.zeros(0, np.int64))
+    truth = Truth(np.array([True, False]), np.zeros(2, np.int64), 1, NOTHING, NOTHING.astype(bool))
     quality, _ = detection_quality(nothing, truth)
     assert quality.precision.value is None
     assert quality.tpr.value == 0

@@ -42,7 +42,8 @@ def test_first_code_block_of_the_readme_is_two_commands() -> None:
 def test_readme_graph_has_every_stage() -> None:
     graph = re.search(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert graph is not None
-    assert set(STAGES) == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-    for stage in STAGES:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert stages.keys() <= set(STAGES)
+    for stage in stages:
         assert re.search(rf"\b{stage}\b", graph.group(1)), stage
     assert LINEAGE.name in (ROOT / "README.md").read_text()

@@ -8,18 +8,18 @@ from defense.influence.queries import TransformSettings, make_queries, swap_red_
 SIZES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 48)]
 
 
-def queries(shape, *, seed: int = 0, affected: int = 2, count: int = 50):
+def queries(shape, *, seed: int = 0, affected: int = 2, count: int = 50, ablations=False):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(affected, *shape, generator=torch.Generator().manual_seed(9))
     predicted = list(range(affected))
-    settings = TransformSettings(num_transforms=count)
+    settings = TransformSettings(num_transforms=count, ablations=ablations)
     return images, make_queries(images, predicted, 10, settings, generator)
 
 
 @pytest.mark.parametrize("shape", SIZES)
 def test_first_query_is_the_affected_input_itself(shape) -> None:
     images, made = queries(shape)
-    first = made.transform == -1
+    first = torch.from_numpy(made.changed("none"))
     torch.testing.assert_close(made.images[first], images)
     assert made.labels[first].tolist() == [0, 1]
     assert made.images.shape == (102, *shape)
@@ -30,7 +30,7 @@ def test_first_query_is_the_affected_input_itself(shape) -> None:
 @pytest.mark.parametrize("shape", SIZES)
 def test_transforms_change_the_image_and_the_label(shape) -> None:
     images, made = queries(shape)
-    moved = made.transform >= 0
+    moved = torch.from_numpy(made.changed("both"))
     assert (made.labels[moved] != made.affected[moved]).all()
     originals = images[made.affected[moved]]
     changed = (made.images[moved] != originals).flatten(1).any(1)
@@ -67,3 +67,15 @@ def test_swap_exchanges_the_first_two_channels() -> None:
     image = torch.rand(3, 4, 4)
     assert torch.equal(swap_red_green(image)[0], image[1])
     assert torch.equal(swap_red_green(image)[2], image[2])
+
+
+def test_ablations_change_one_thing_as_the_transforms_do() -> None:
+    images, plain = queries((3, 32, 32), count=9)
+    _, made = queries((3, 32, 32), count=9, ablations=True)
+    both, image, label = (made.changed(what) for what in ("both", "image", "label"))
+    assert both.sum() == image.sum() == label.sum() == 18
+    assert torch.equal(made.images[both], plain.images[plain.changed("both")])
+    assert torch.equal(made.images[image], made.images[both])
+    assert torch.equal(made.labels[image], made.affected[image])
+    assert torch.equal(made.images[label], images[made.affected[label]])
+    assert torch.equal(made.labels[label], made.labels[both])

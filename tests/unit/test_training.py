@@ -9,13 +9,20 @@ from torch import nn
 
 from defense.compute import seeded
 from defense.errors import DataError, NumericalError
-from defense.models import build_model, channel_statistics
+from defense.models import build_model
 from defense.models.small_cnn import SmallCnn
+from defense.phases import Phase
+from defense.prediction import features, predict
 from defense.recipe import Recipe, learning_rate_at
-from defense.records import Split
-from defense.training import Stepper, augment, predict, train
+from defense.records import ImageSet, Split, Trained, image_set
+from defense.statistics import channel_statistics
+from defense.training import Stepper, augment, train
 
 RECIPE = Recipe(epochs=6, batch_size=32, learning_rate=0.1, shift=1, flip=True)
+
+
+def fit(model: nn.Module, images: ImageSet, recipe: Recipe, *args, **options) -> Trained:
+    return train(model, [Phase(images, recipe.epochs)], recipe, *args, **options)
 
 
 def model_for(split: Split) -> nn.Module:
@@ -29,7 +36,7 @@ def test_learns_and_repeats_itself(precision: str, split: Split) -> None:
     recipe = Recipe(epochs=12, batch_size=16, learning_rate=0.1, precision=precision)
     model = model_for(split)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (train(model, split.train, recipe, seeded(0, "order")) for _ in range(2))
+    first, second = (fit(model, split.train, recipe, seeded(0, "order")) for _ in range(2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     states = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -52,7 +59,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
 
     def run(scratch: Path | None):
         order = seeded(0, "order")
-        return train(model_for(split), split.train, recipe, order, scratch=scratch).model
+        return fit(model_for(split), split.train, recipe, order, scratch=scratch).model
 
     whole = run(None).state_dict()
     step, calls = Stepper.step, 0
@@ -78,11 +85,11 @@ def test_a_damaged_checkpoint_is_not_used(
 ) -> None:
     monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
     order = seeded(0, "order")
-    first = train(model_for(split), split.train, RECIPE, order, scratch=tmp_path)
+    first = fit(model_for(split), split.train, RECIPE, order, scratch=tmp_path)
     file = next(tmp_path.glob("*.pt"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.warns(UserWarning, match="damaged, starting again"):
-        second = train(model_for(split), split.train, RECIPE, seeded(0, "order"), scratch=tmp_path)
+        second = fit(model_for(split), split.train, RECIPE, seeded(0, "order"), scratch=tmp_path)
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -90,13 +97,13 @@ def test_a_damaged_checkpoint_is_not_used(
 def test_nan_is_an_error_that_names_the_remedy(split: Split) -> None:
     recipe = Recipe(epochs=2, batch_size=32, learning_rate=1e30)
     with pytest.raises(NumericalError, match="lower learning_rate"):
-        train(model_for(split), split.train, recipe, seeded(0, "order"))
+        fit(model_for(split), split.train, recipe, seeded(0, "order"))
 
 
 def test_refuses_a_single_row(split: Split) -> None:
     one = split.train.where(np.arange(len(split.train)) == 0)
     with pytest.raises(DataError, match="at least 2 rows"):
-        train(model_for(split), one, RECIPE, seeded(0, "order"))
+        fit(model_for(split), one, RECIPE, seeded(0, "order"))
 
 
 def test_augmentation_moves_pixels_and_keeps_them(split: Split) -> None:
@@ -124,11 +131,14 @@ def test_a_step_is_sgd_with_nesterov_momentum_and_weight_decay() -> None:
     recipe = Recipe(epochs=1, learning_rate=0.1, momentum=0.9, weight_decay=0.5)
     model = nn.Linear(1, 2, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    images, targets = torch.ones(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64)
+    names = np.array(["0", "1", "2", "3"])
+    white = np.full((4, 1, 1, 1), 255, np.uint8)
+    images = image_set(white, np.zeros(4, np.int64), names, ("a", "b"))
+    rows = np.arange(4)
     stepper = Stepper(nn.Sequential(nn.Flatten(), model), recipe)
     weight, velocity = np.ones(2), np.zeros(2)
     for _ in range(2):
-        stepper.step(images, targets, 0.1)
+        stepper.step(Phase(images, 1), images.images(rows), rows, 0.1)
         share = np.exp(weight) / np.exp(weight).sum()
         gradient = share - np.array([1.0, 0.0]) + 0.5 * weight
         velocity = 0.9 * velocity + gradient
@@ -144,3 +154,68 @@ def test_schedules_stay_below_the_peak(schedule: str) -> None:
     assert max(rates) == pytest.approx(0.5, rel=0.02)
     assert min(rates) > 0
     assert schedule == "constant" or rates[-1] < 0.02
+
+
+def test_dropout_is_seeded_and_torch_is_left_alone(split: Split) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 4))
+    state = torch.random.get_rng_state()
+    first = fit(model, split.train, RECIPE, seeded(0, "order")).model
+    torch.rand(3)
+    second = fit(model, split.train, RECIPE, seeded(0, "order")).model
+    assert torch.equal(first[2].weight, second[2].weight)
+    torch.random.set_rng_state(state)
+
+
+def test_frozen_parameters_and_their_statistics_stay(split: Split) -> None:
+    model = model_for(split)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = [name for name in names if name.startswith(("network.0", "network.1"))]
+    assert 0 < len(frozen) < len(names)
+    phases = [Phase(split.train, 2)]
+    done = train(model, phases, RECIPE, seeded(0, "order"), frozen=frozen).model
+    before, after = model.state_dict(), done.state_dict()
+    for name in before:
+        fixed = name.startswith(("network.0", "network.1", "normalize"))
+        assert torch.equal(before[name], after[name]) == fixed, name
+
+
+def test_phases_follow_their_objectives_in_order(split: Split) -> None:
+    """Each objective sees the rows of its own set, in batches of its own size."""
+    seen: list[tuple[str, int]] = []
+
+    def watch(name: str):
+        def objective(model, batch, rows):
+            seen.append((name, len(rows)))
+            assert len(batch) == len(rows)
+            return model(batch).square().mean()
+
+        return objective
+
+    first = split.train.where(split.train.labels == 0)
+    phases = [
+        Phase(first, 2, watch("first"), "first", 20),
+        Phase(split.train, 1, watch("second"), "second"),
+    ]
+    done = train(model_for(split), phases, RECIPE, seeded(0, "order"))
+    assert seen == [("first", 20)] * 4 + [("second", 32)] * 5
+    assert done.gradient_samples == 2 * 40 + 160
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adadelta"])
+def test_gradients_are_clipped(optimizer: str, split: Split) -> None:
+    recipe = RECIPE.model_copy(update={"optimizer": optimizer, "clip_norm": 1e-3})
+    stepper = Stepper(model_for(split), recipe)
+    rows = np.arange(8)
+    stepper.step(Phase(split.train, 1), split.train.images(rows), rows, 0.1)
+    grads = [parameter.grad for parameter in stepper.trained]
+    assert torch.cat([grad.flatten() for grad in grads]).norm() <= 1.01e-3
+
+
+def test_features_are_what_the_last_layer_sees(split: Split) -> None:
+    model = model_for(split)
+    seen = features(model, split.test)
+    last = model.network[-1]
+    expected = model(split.test.images())
+    torch.testing.assert_close(last(seen), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(DataError, match="a linear layer"):
+        features(nn.Flatten(), split.test)

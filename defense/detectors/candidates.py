@@ -1,4 +1,4 @@
-"""What all detectors on influence scores share: candidate rows and the shape of the answer."""
+"""Which rows a rule is applied to, and the shape of the answer: common to all detectors."""
 
 from typing import Literal
 
@@ -9,8 +9,8 @@ from defense.contracts import Detector
 from defense.records import Case, Flags, Mask
 
 
-class ScoreDetector(Detector):
-    """A detector that thresholds a suspicion computed from scores.
+class RowDetector(Detector):
+    """A detector that gives every row a suspicion and flags those above a threshold.
 
     Attributes:
         rows: ``all`` applies the rule to every row, as published; ``predicted_label`` only
@@ -20,7 +20,7 @@ class ScoreDetector(Detector):
 
     rows: Literal["all", "predicted_label"] = "all"
 
-    def flags(self, case: Case, suspicion: NDArray[np.float32], threshold: float) -> Flags:
+    def flags(self, case: Case, suspicion: NDArray[np.floating], threshold: float) -> Flags:
         """Build the answer from a suspicion ``[n]`` and its threshold."""
         carries = predicted_label_rows(case)
         candidates = carries if self.rows == "predicted_label" else np.ones_like(carries)
@@ -29,5 +29,5 @@ class ScoreDetector(Detector):
 
 def predicted_label_rows(case: Case) -> Mask:
     """Mark the rows that carry the predicted label of an affected input: bool ``[n]``."""
-    original = (case.queries.transform == -1).numpy()
+    original = case.queries.changed("none")
     return np.isin(case.train.labels, case.queries.labels.numpy()[original])
