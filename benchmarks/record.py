@@ -38,6 +38,11 @@ def figure(
     }
 
 
+def versions() -> dict[str, str]:
+    """Name the versions of Python and of what matters here."""
+    return {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+
+
 def hardware() -> dict[str, Any]:
     """Describe the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -66,7 +71,7 @@ def save(name: str, command: str, figures: list[dict[str, Any]], **details: Any)
         "command": command,
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": versions(),
         "figures": figures,
     }
     write_json(RESULTS / f"{name}.json", result | details)

@@ -64,8 +64,8 @@ class WitchesBrew(Attack):
         model = surrogate.model()
         victim = test.where(self._victim(model, test, candidates, generator))
         poison = train.where(np.isin(np.arange(len(train)), chosen))
-        deviations = channel_statistics(train)[1]
-        change = self._brew(model, victim, target, poison, deviations, generator, surrogate)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        change = self._brew(model, victim, poison, channel_statistics(train)[1], surrogate, seed)
         pixels = copy_pixels(train)
         crafted = (255 * (poison.images() + change)).round().clamp(0, 255)
         pixels[np.sort(chosen)] = crafted.to(torch.uint8).numpy()
@@ -109,20 +109,17 @@ class WitchesBrew(Attack):
         self,
         model: nn.Module,
         victim: ImageSet,
-        target: int,
         poison: ImageSet,
         deviations: Tensor,
-        generator: torch.Generator,
         surrogate: Surrogate,
+        seed: int,
     ) -> Tensor:
         """Optimise the change of every poisoned row: float32 ``[p, c, h, w]`` in [-1, 1]."""
-        seed = int(torch.randint(2**62, (), generator=generator))
         key = self.model_dump_json().encode(), fingerprint(model, poison), victim.uint8().tobytes()
         checkpoint = Checkpoint.at(surrogate.scratch, *key, str(seed).encode())
         with frozen(model):
             model.requires_grad_(True)
-            wanted = torch.tensor([target])
-            aim = parameter_gradient(model, victim.images(), wanted)
+            aim = parameter_gradient(model, victim.images(), poison.targets()[:1])
             task = Matching(self, model, aim, poison, deviations, surrogate.recipe)
             return search(task, seed, checkpoint)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from defense.detectors.candidates import RowDetector
 from defense.detectors.corruptions import corrupt
+from defense.errors import DataError
 from defense.phases import Phase
 from defense.prediction import logits
 from defense.recipe import Recipe
@@ -20,6 +21,7 @@ from defense.training import train
 
 WIDTHS = (32, 64, 128)
 DROPOUTS = (0.2, 0.3, 0.4)
+SMALLEST = 2 ** len(WIDTHS)  # pixels that three poolings leave one of
 
 
 class FrequencyDetector(RowDetector):
@@ -46,6 +48,11 @@ class FrequencyDetector(RowDetector):
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`; suspicion is the log-odds of being corrupted."""
+        if min(case.train.shape[1:]) < SMALLEST:
+            raise DataError(
+                f"detector frequency: expected images of at least {SMALLEST} pixels per side, got "
+                f"{case.train.shape[1]}x{case.train.shape[2]}"
+            )
         examples = self.examples(case.train, generator)
         recipe = Recipe(
             epochs=self.epochs,

@@ -32,6 +32,7 @@ class PoisonForensics(RowDetector):
     not rise, the half is innocent. A row's suspicion is the number of rounds it survived.
 
     Attributes:
+        affected: Use only the first so many affected inputs; None uses all.
         rounds: Largest number of splits.
         steps: Fine-tuning steps per unlearning; at least 100 in the source.
         batch_size: Rows per step, one half of them from the cluster.
@@ -40,6 +41,7 @@ class PoisonForensics(RowDetector):
     """
 
     name: Literal["poison_forensics"] = "poison_forensics"
+    affected: int | None = Field(None, gt=0)
     rounds: int = Field(12, gt=0)
     steps: int = Field(100, gt=0)
     batch_size: int = Field(128, gt=1)
@@ -49,7 +51,7 @@ class PoisonForensics(RowDetector):
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`; nothing is flagged if the first split shows no innocent half."""
         directions = even_gradients(case, generator)
-        inquiry = Inquiry(self, case, incident(case), scratch)
+        inquiry = Inquiry(self, case, incident(case, self.affected), scratch)
         order = np.argsort(case.train.ids)  # the answer must not depend on the rows' order
         suspects = np.ones(len(case.train), dtype=np.bool_)
         survived = np.zeros(len(suspects), dtype=np.float32)
@@ -64,9 +66,9 @@ class PoisonForensics(RowDetector):
         return self.flags(case, survived, max(rounds, 1) - 0.5)
 
 
-def incident(case: Case) -> ImageSet:
-    """Collect the affected inputs under their predicted labels."""
-    chosen = case.queries.changed("none")
+def incident(case: Case, count: int | None) -> ImageSet:
+    """Collect the first affected inputs, or all, under their predicted labels."""
+    chosen = np.flatnonzero(case.queries.changed("none"))[:count]
     pixels = (255 * case.queries.images[torch.from_numpy(chosen)]).round().to(torch.uint8).numpy()
     labels = case.queries.labels.numpy()[chosen]
     names = case.train.class_names

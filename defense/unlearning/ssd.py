@@ -3,6 +3,7 @@
 import logging
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -40,6 +41,7 @@ class SelectiveSynapticDampening(Unlearner):
         importance: ``batch`` squares the gradient of a batch, as the source's code does;
             ``sample`` that of every row, as its formula says.
         batch_size: Rows per gradient of ``batch``.
+        affected: Choose by the first so many affected inputs; None uses all.
     """
 
     name: Literal["ssd"] = "ssd"
@@ -47,6 +49,7 @@ class SelectiveSynapticDampening(Unlearner):
     strengths: tuple[float, ...] = Field((0.01, 0.1, 1.0), min_length=1)
     importance: Literal["batch", "sample"] = "batch"
     batch_size: int = Field(64, gt=0)
+    affected: int | None = Field(None, gt=0)
 
     def max_gradient_samples(self, num_forget: int, num_retain: int, recipe: Recipe) -> int:
         """See `Unlearner.max_gradient_samples`: all rows once, the flagged ones twice."""
@@ -65,7 +68,9 @@ class SelectiveSynapticDampening(Unlearner):
             for alpha in self.alphas
             for share in self.strengths
         ]
-        scores = [self._judge(candidate, repair.affected, held) for *_, candidate in candidates]
+        known = repair.affected
+        asked = known.where(np.arange(len(known)) < (self.affected or len(known)))
+        scores = [self._judge(candidate, asked, held) for *_, candidate in candidates]
         best = max(range(len(scores)), key=scores.__getitem__)
         logger.info("ssd: alpha %g, strength %g", *candidates[best][:2])
         return Trained(candidates[best][2], len(forget) + len(rows))

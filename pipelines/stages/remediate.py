@@ -29,6 +29,9 @@ def run(params: Params, paths: Paths) -> str:
     repair = Repair(model, train.where(flags.mask), train.where(~flags.mask), affected)
     done = params.unlearner.unlearn(repair, trainer)
     cost = {"gradient_samples": done.gradient_samples}
+    declared = params.unlearner.max_gradient_samples(
+        len(repair.forget), len(repair.retain), params.train
+    )
     origin = {
         "poisoned_train": manifest.digest,
         "flags": flags_manifest.digest,
@@ -36,5 +39,6 @@ def run(params: Params, paths: Paths) -> str:
         "affected": affected_manifest.digest,
     }
     save_model(paths.remediated, done.model, meta=cost, inputs=origin)
-    write_json(paths.metrics("remediate"), cost)
-    return f"{params.unlearner.name} spent {done.gradient_samples:,} per-sample gradients"
+    write_json(paths.metrics("remediate"), cost | {"max_gradient_samples": declared})
+    name, spent = params.unlearner.name, done.gradient_samples
+    return f"{name} spent {spent:,} per-sample gradients of the {declared:,} it may take"

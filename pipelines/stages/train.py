@@ -35,8 +35,8 @@ def run(params: Params, paths: Paths) -> str:
     digest = save_model(paths.suspect, trained.model, meta=cost, inputs=origin)
     sources = {"probe": probe_manifest.digest, "suspect": digest}
     save_images(paths.affected, affected, inputs=sources)
-    write_json(paths.metrics("train"), cost)
     fooled = int((predicted == probe.labels).sum())
+    write_json(paths.metrics("train"), cost | {"success": fooled / len(probe)})
     names = ", ".join(affected.ids[:3]) + (", ..." if len(affected) > 3 else "")
     return f"{fooled:,} of {len(probe):,} triggered images fool the model; affected input: {names}"
 

@@ -1,0 +1,122 @@
+"""The matrix of runs: every cell's parameters are valid, and its folders and code are right."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from defense.errors import DefenseError
+from pipelines.matrix import read_cell
+from pipelines.paths import REFERENCES
+
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "pipelines" / "paper"
+FILE = yaml.safe_load((PAPER / "dvc.yaml").read_text())
+LISTS = FILE["vars"][1]["of"]
+STAGES = FILE["stages"]
+ROOT_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+METHODS = ("attacks", "detectors", "unlearning")
+
+
+def cells(stage: str) -> list[dict]:
+    """List the items of a stage's matrix."""
+    axes = STAGES[stage]["matrix"]
+    lists = [
+        LISTS[axis[5:-1]] if isinstance(axis, str) else axis for axis in axes.values()
+    ]  # "${of.name}"
+    return [dict(zip(axes, item, strict=True)) for item in product(*lists)]
+
+
+def fill(text: str, item: dict) -> str:
+    """Put the values of an item into a template."""
+    for name, value in item.items():
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            text = text.replace(f"${{item.{name}{'.' if key else ''}{key}}}", str(part))
+    assert "${item" not in text, text
+    return text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_cell_has_valid_parameters_and_its_own_outputs(stage: str) -> None:
+    declared, seen = STAGES[stage], set()
+    for item in cells(stage):
+        cell = fill(declared["cmd"], item).rsplit(" ", 1)[1]
+        params, paths = read_cell(PAPER / "params.yaml", cell)
+        parts = cell.split("/")
+        assert params.seed == int(parts[1])
+        if len(parts) > 2:
+            assert params.attack.name == parts[2]
+        folders = {str(value) for value in vars(paths).values()}
+        for out in declared["outs"]:
+            place = fill(next(iter(out)), item)
+            assert place not in seen
+            seen.add(place)
+            assert (
+                place.split("/artifacts/")[0].split("/reports")[0].split("/metrics")[0] in folders
+            )
+        for dep in declared["deps"]:
+            file = fill(dep, item).replace("${code}", str(ROOT))
+            assert file.startswith("cells/") or Path(file).exists(), file
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name.split("_")[0] in ROOT_STAGES])
+def test_cells_depend_on_the_code_of_the_root_pipeline_and_their_own_method(stage: str) -> None:
+    def code(declared: dict) -> set[str]:
+        return {dep for dep in declared["deps"] if dep.startswith("${code}")}
+
+    def of_methods(deps: set[str]) -> set[str]:
+        return {dep for dep in deps if dep.split("/")[2] in METHODS}
+
+    ours, theirs = code(STAGES[stage]), code(ROOT_STAGES[stage.split("_")[0]])
+    assert ours - of_methods(ours) == theirs - of_methods(theirs)
+    package = of_methods(theirs)
+    assert len(package) <= 1
+    for name in package:  # the helpers of the package are named, its methods are not
+        files = (ROOT / name.removeprefix("${code}/")).glob("*.py")
+        helpers = {
+            f"{name}/{file.name}"
+            for file in files
+            if file.name != "__init__.py" and 'name: Literal["' not in file.read_text()
+        }
+        assert {dep for dep in of_methods(ours) if "${item" not in dep} == helpers
+
+
+def test_later_sections_replace_earlier_ones(tmp_path: Path) -> None:
+    matrix = yaml.safe_load((PAPER / "params.yaml").read_text())
+    matrix["shared"]["scores"]["damping"] = 0.5
+    matrix["worlds"]["cifar10"]["attacks"]["smooth"]["scores"] = {"damping": 0.7}
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(matrix))
+    assert read_cell(file, "cifar10/0/badnets")[0].scores.damping == 0.5
+    params, paths = read_cell(file, "cifar10/3/smooth/ekfac/potion")
+    assert (params.seed, params.scores.damping) == (3, 0.7)
+    assert (params.detector.name, params.unlearner.name) == ("influence_threshold", "potion")
+    assert paths.poisoned_train == Path("cells/cifar10/3/smooth/artifacts/poisoned_train")
+    assert paths.clean_train == Path("cells/cifar10/3/artifacts/clean_train")
+    assert paths.flags == Path("cells/cifar10/3/smooth/ekfac/artifacts/flags")
+    assert paths.reports == Path("cells/cifar10/3/smooth/ekfac/potion/reports")
+    assert paths.scratch("detect") == Path("cells/cifar10/3/smooth/ekfac/scratch/detect")
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_references_stand_for_detectors(kind: str) -> None:
+    _, paths = read_cell(PAPER / "params.yaml", f"cifar10/0/badnets/{kind}/eu")
+    assert paths.detection.name == kind
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("cifar10", "expected a cell <world>"),
+        ("cifar10/x/badnets", "expected a cell <world>"),
+        ("cifar10/0/badnets/ekfac/eu/more", "expected a cell <world>"),
+        ("mars/0", "'mars' is not one of worlds: cifar10"),
+        ("cifar10/0/zap", "'zap' is not one of attacks: badnets"),
+        ("cifar10/0/badnets/zap", "'zap' is not one of detectors: default"),
+        ("cifar10/0/badnets/ekfac/zap", "'zap' is not one of unlearners: eu"),
+    ],
+)
+def test_refuses_cells_that_do_not_exist(cell: str, message: str) -> None:
+    with pytest.raises(DefenseError, match=message):
+        read_cell(PAPER / "params.yaml", cell)
