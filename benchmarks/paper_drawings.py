@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.paper_cells import CELLS, Cells, repair, values
+from benchmarks.paper_cells import HOME, Cells, values
 from defense.storage import load_scores, load_truth
 
 Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
@@ -50,7 +50,8 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
         axes = figure.add_subplot(1, len(ATTACKS), column + 1)
         for offset, key, colour in ((-0.2, "psr", POISON), (0.2, "accuracy", CLEAN)):
             for place, way in enumerate(bars.values()):
-                found = list(values(cells, world, attack, repair(*way, key)))
+                seeds = values(cells, world, attack, "repairs", "/".join(way), key)
+                found = [value for _, value in seeds]
                 drawn += len(found)
                 if found:
                     error = statistics.stdev(found) if len(found) > 1 else 0.0
@@ -65,7 +66,7 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
 
 def _collapse(world: str) -> Figure | None:
     """Draw Delta of all rows under some transforms, for the smooth trigger's first seed."""
-    home = next(iter(sorted((CELLS / world).glob("*/smooth/artifacts"))), None)
+    home = next(iter(sorted((HOME / "cells" / world).glob("*/smooth/artifacts"))), None)
     if home is None or not (home / "scores").is_dir():
         return None
     (queries, scores), _ = load_scores(home / "scores")

@@ -7,16 +7,15 @@ pictures in docs/paper and the tables in docs/paper.md; what has not run is a da
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.paper_cells import ROOT, Cell, Cells, gather, repair, values
+from benchmarks.paper_cells import STORE, Cells, gather, of_attack, values
 from benchmarks.paper_drawings import draw
-from benchmarks.record import hardware, versions
+from benchmarks.record import versions
 from defense.artifacts import write_json, write_text
 
-STORE = ROOT / "benchmarks" / "results" / "paper.json"
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"
 COMMAND = "python -m dvc repro pipelines/paper/dvc.yaml && python -m benchmarks.tables"
 ATTACKS = {"badnets": "BadNet", "smooth": "smooth trigger", "witches_brew": "Witches' Brew"}
@@ -63,129 +62,116 @@ COUNTERFACTUALS = {
     "any_poison": "as much poison, at random",
     "clean": "as many clean rows of the target class",
 }
-# Precision and TPR in per cent, CIFAR-10 columns of the paper's Table 1.
+# Precision / TPR in per cent: Table 1, and Table 4; the body of Table 5 is not in the text at hand.
 PUBLISHED = {
-    "spectral_paper": {
-        "badnets": "3.6 / 88.3",
-        "smooth": "1.3 / 88.3",
-        "witches_brew": "1.4 / 96.8",
+    ("cifar10", "badnets"): {
+        "spectral_paper": "3.6 / 88.3",
+        "activation_clustering": "2.2 / 94.9",
+        "frequency": "8.0 / 72.3",
+        "ekfac": "2.8 / 67.1",
+        "delta_influence": "17.6 / 99.1",
     },
-    "activation_clustering": {
-        "badnets": "2.2 / 94.9",
-        "smooth": "2.2 / 99.1",
-        "witches_brew": "2.1 / 93.4",
+    ("cifar10", "smooth"): {
+        "spectral_paper": "1.3 / 88.3",
+        "activation_clustering": "2.2 / 99.1",
+        "frequency": "0.4 / 3.2",
+        "ekfac": "2.9 / 100",
+        "delta_influence": "13.3 / 100",
     },
-    "frequency": {"badnets": "8.0 / 72.3", "smooth": "0.4 / 3.2", "witches_brew": "10.2 / 93.6"},
-    "ekfac": {"badnets": "2.8 / 67.1", "smooth": "2.9 / 100", "witches_brew": "0.8 / 17.4"},
-    "delta_influence": {
-        "badnets": "17.6 / 99.1",
-        "smooth": "13.3 / 100",
-        "witches_brew": "3.3 / 19.4",
+    ("cifar10", "witches_brew"): {
+        "spectral_paper": "1.4 / 96.8",
+        "activation_clustering": "2.1 / 93.4",
+        "frequency": "10.2 / 93.6",
+        "ekfac": "0.8 / 17.4",
+        "delta_influence": "3.3 / 19.4",
+    },
+    ("imagenette", "badnets"): {
+        "ekfac": "10.5 / 99.3",
+        "delta_influence": "25.8 / 99.3",
+        "ekfac_5": "12.8 / 99.0",
+        "ekfac_boosted_5": "21.8 / 99.0",
+        "delta_5": "27.5 / 99.3",
+        "ekfac_10": "12.9 / 99.3",
+        "ekfac_boosted_10": "24.2 / 99.3",
+        "delta_10": "28.7 / 99.3",
     },
 }
-# Table 4 (Imagenette, BadNet); the body of Table 5 is not in the text at hand.
-PUBLISHED_SEVERAL = {
-    "ekfac": "10.5 / 99.3",
-    "delta_influence": "25.8 / 99.3",
-    "ekfac_5": "12.8 / 99.0",
-    "ekfac_boosted_5": "21.8 / 99.0",
-    "delta_5": "27.5 / 99.3",
-    "ekfac_10": "12.9 / 99.3",
-    "ekfac_boosted_10": "24.2 / 99.3",
-    "delta_10": "28.7 / 99.3",
-}
+RESTRICTED = {"default"}  # detectors whose own rule is the restricted one
 COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must keep
+NONE = "–"
 
 Row = Sequence[str]
+Seeds = Iterable[tuple[str, float]]
 
 
-def spread(found: Iterable[float], scale: float = 100.0) -> str:
+def spread(found: Seeds, scale: float = 100.0) -> str:
     """Write mean, standard deviation and number of seeds."""
-    numbers = [scale * value for value in found]
+    numbers = [scale * value for _, value in found]
     if not numbers:
-        return "–"
-    mean = f"{statistics.fmean(numbers):.1f}"
+        return NONE
     deviation = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
-    return f"{mean}{deviation} ({len(numbers)})"
+    return f"{statistics.fmean(numbers):.1f}{deviation} ({len(numbers)})"
 
 
 def table(title: str, head: Row, rows: Iterable[Row]) -> str:
-    """Write a table in Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return f"### {title}\n\n" + "\n".join(lines) + "\n"
+    """Write a table in Markdown; rows of which nothing has run are left out."""
+    full = [row for row in rows if any(cell != NONE for cell in row[2:])]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *full)]
+    return f"### {title}\n\n" + "\n".join(lines) + "\n" if full else ""
 
 
-def detection(cells: Cells, world: str) -> str:
-    """Table 1: every detector, unrestricted and restricted, and EU on its flags."""
-    head = ["attack", "detector", "TPR", "precision", "AP", "restricted: TPR", "precision", "AP",
-            "PSR after EU", "accuracy after EU", "paper: precision / TPR"]  # fmt: skip
+def attacks(cells: Cells, world: str) -> str:
+    """Show that the attacks work: over all seeds, also those on which they fail."""
     rows = []
-    for attack, attack_name in ATTACKS.items():
-        for detector, name in DETECTORS.items():
-            figures = [
-                spread(
-                    values(cells, world, attack, repair(detector, "eu", "detection", rows_, key))
-                )
-                for rows_ in ("all", "predicted_label")
-                for key in ("tpr", "precision", "average_precision")
-            ]
-            after = _after(cells, world, attack, detector, "eu")
-            published = PUBLISHED.get(detector, {}).get(attack, "–")
-            rows.append([attack_name, name, *figures, *after, published])
-    return table(f"Table 1, Figure 3: detectors, {world}", head, rows)
+    for attack, name in ATTACKS.items():
+        seeds = of_attack(cells, world, attack)
+        success = [(seed, cell["success"]) for seed, cell in seeds.items()]
+        before = [
+            spread(values(cells, world, attack, "before", key)) for key in ("psr", "accuracy")
+        ]
+        rows.append([name, str(len(seeds) or NONE), spread(success), *before])
+    head = ["attack", "seeds", "attacked images that succeed", "PSR before", "accuracy before"]
+    return table(f"Attacks, {world}", head, rows)
 
 
-def _quality(cells: Cells, world: str, attack: str, detector: str, keys: Row) -> list[str]:
-    """Figures of a detector, unrestricted and restricted to the predicted label."""
-    return [
-        spread(values(cells, world, attack, repair(detector, "eu", "detection", rows, key)))
+def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
+    """Figures of a detector on all rows, and restricted to the predicted label."""
+    figures = [
+        spread(values(cells, world, attack, "detectors", detector, rows, key))
         for rows in ("all", "predicted_label")
-        for key in keys
+        for key in ("tpr", "precision", "average_precision")
     ]
+    return [NONE] * 3 + figures[3:] if detector in RESTRICTED else figures
 
 
 def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str) -> list[str]:
     return [
-        spread(values(cells, world, attack, repair(detector, unlearner, key)))
+        spread(values(cells, world, attack, "repairs", f"{detector}/{unlearner}", key))
         for key in ("psr", "accuracy")
     ]
 
 
-def attacks(cells: Cells, world: str) -> str:
-    """Show that the attacks work."""
-    before: dict[str, Callable[[Cell], Any]] = {
-        "psr": lambda cell: cell["before"]["psr"],
-        "accuracy": lambda cell: cell["before"]["accuracy"],
-    }
-    rows = [
-        [
-            name,
-            spread(values(cells, world, attack, lambda cell: cell["success"])),
-            *(spread(values(cells, world, attack, pick)) for pick in before.values()),
-        ]
-        for attack, name in ATTACKS.items()
-    ]
-    head = ["attack", "probe images that succeed", "PSR before", "accuracy before"]
-    return table(f"Attacks, {world}", head, rows)
-
-
-def variants(cells: Cells, world: str, title: str, names: dict[str, str], published: Any) -> str:
-    """Tables 2, 4 and 5: variants of the influence rules."""
-    head = ["attack", "variant", "TPR", "precision", "restricted: TPR", "precision",
-            "PSR after EU", "accuracy after EU", "paper: precision / TPR"]  # fmt: skip
+def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> str:
+    """Tables 1, 2, 4 and 5: detectors or variants of one, and EU on their own flags."""
+    head = ["attack", "detector", "TPR", "precision", "AP", "restricted: TPR", "precision", "AP",
+            "PSR after EU", "accuracy after EU", "seconds", "paper: precision / TPR"]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
+        published = PUBLISHED.get((world, attack), {})
         for detector, name in names.items():
-            figures = [
-                spread(
-                    values(cells, world, attack, repair(detector, "eu", "detection", rows_, key))
-                )
-                for rows_ in ("all", "predicted_label")
-                for key in ("tpr", "precision")
-            ]
-            after = _after(cells, world, attack, detector, "eu")
-            rows.append([attack_name, name, *figures, *after, published.get(detector, "–")])
-    return table(f"{title}, {world}", head, rows)
+            seconds = values(cells, world, attack, "detectors", detector, "seconds")
+            rows.append(
+                [
+                    attack_name,
+                    name,
+                    *_quality(cells, world, attack, detector),
+                    *_after(cells, world, attack, detector, "eu"),
+                    spread(seconds, 1.0),
+                    published.get(detector, NONE),
+                ]
+            )
+    ran = [row for row in rows if any(cell != NONE for cell in row[2:-1])]
+    return table(f"{title}, {world}", head, ran)
 
 
 def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
@@ -194,21 +180,19 @@ def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
             "gradient samples / 1,000", "seconds"]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
-        best = list(values(cells, world, attack, repair("truth", "eu", "accuracy")))
+        best = dict(values(cells, world, attack, "repairs", "truth/eu", "accuracy"))
         for unlearner, name in UNLEARNERS.items():
-            picks = {key: repair(detector, unlearner, key) for key in
-                     ("psr", "accuracy", "gradient_samples", "seconds")}  # fmt: skip
-            found = {key: list(values(cells, world, attack, pick)) for key, pick in picks.items()}
-            keeps = [a >= COLLAPSE * statistics.fmean(best) for a in found["accuracy"] if best]
+            key = f"{detector}/{unlearner}"
+            accuracy = dict(values(cells, world, attack, "repairs", key, "accuracy"))
+            keeps = [accuracy[seed] >= COLLAPSE * best[seed] for seed in accuracy.keys() & best]
             rows.append(
                 [
                     attack_name,
                     name,
-                    spread(found["psr"]),
-                    spread(found["accuracy"]),
-                    f"{sum(keeps)} of {len(keeps)}",
-                    spread(found["gradient_samples"], 1e-3),
-                    spread(found["seconds"], 1.0),
+                    *_after(cells, world, attack, detector, unlearner),
+                    f"{sum(keeps)} of {len(keeps)}" if keeps else NONE,
+                    spread(values(cells, world, attack, "repairs", key, "gradient_samples"), 1e-3),
+                    spread(values(cells, world, attack, "repairs", key, "seconds"), 1.0),
                 ]
             )
     return table(f"{title}, {world}", head, rows)
@@ -228,22 +212,20 @@ def scrub(cells: Cells, world: str) -> str:
 def counterfactual(cells: Cells, world: str) -> str:
     """Table 3: what becomes of Witches' Brew without parts of its poison."""
     published = {"found": "0", "missed": "100"}
-
-    def pick(name: str, key: str) -> Callable[[Cell], Any]:
-        return lambda cell: cell["counterfactual"][name][key]
-
-    rows = [
-        [
-            title,
-            *(
-                spread(values(cells, world, "witches_brew", pick(name, key)), scale)
-                for key, scale in (("removed", 1.0), ("psr", 100.0), ("accuracy", 100.0))
-            ),
-            published.get(name, "–"),
-        ]
-        for name, title in COUNTERFACTUALS.items()
-    ]
-    head = ["retrained without", "rows", "PSR", "accuracy", "paper: PSR"]
+    rows = []
+    for name, title in COUNTERFACTUALS.items():
+        place = ("detectors", "default", "counterfactual", name)
+        rows.append(
+            [
+                title,
+                published.get(name, NONE),
+                *(
+                    spread(values(cells, world, "witches_brew", *place, key), scale)
+                    for key, scale in (("removed", 1.0), ("psr", 100.0), ("accuracy", 100.0))
+                ),
+            ]
+        )
+    head = ["retrained without", "paper: PSR", "rows", "PSR", "accuracy"]
     return table(f"Table 3: counterfactuals of Witches' Brew, {world}", head, rows)
 
 
@@ -253,16 +235,16 @@ def page(cells: Cells) -> str:
     for world in sorted({name.split("/")[0] for name in cells}):
         parts += [
             attacks(cells, world),
-            detection(cells, world),
-            variants(cells, world, "Table 2, Figure 7: what a transform changes", ABLATIONS, {}),
+            detection(cells, world, "Table 1, Figure 3: detectors", DETECTORS),
+            detection(cells, world, "Table 2, Figure 7: what a transform changes", ABLATIONS),
             counterfactual(cells, world),
             unlearning(cells, world, "default", "Figure 4: unlearners on the default's flags"),
             scrub(cells, world),
-            variants(cells, world, "Tables 4 and 5: several inputs", SEVERAL, PUBLISHED_SEVERAL),
+            detection(cells, world, "Tables 4 and 5: several affected inputs", SEVERAL),
             unlearning(cells, world, "truth", "Unlearners on the true poison"),
             unlearning(cells, world, "chance", "Unlearners on clean rows at random"),
         ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def fill(path: Path, text: str) -> None:
@@ -280,8 +262,7 @@ def fill(path: Path, text: str) -> None:
 def main() -> None:
     """Gather, keep, print and draw."""
     cells = gather()
-    facts = {"command": COMMAND, "hardware": hardware(), "versions": versions()}
-    write_json(STORE, facts | {"cells": cells})
+    write_json(STORE, {"command": COMMAND, "versions": versions(), "cells": cells})
     text = page(cells)
     print(text)
     fill(PAGE, text)

@@ -24,6 +24,7 @@ class Recipe(Method):
         precision: ``bf16`` keeps an fp32 master copy; worth it where the hardware has bf16.
         optimizer: ``sgd`` (with momentum), ``adam`` or ``adadelta``.
         clip_norm: Longest gradient, in the Euclidean norm over all parameters; None is no limit.
+        clip_value: Largest entry of the gradient; None is no limit.
     """
 
     epochs: int = Field(gt=0)
@@ -37,6 +38,7 @@ class Recipe(Method):
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adam", "adadelta"] = "sgd"
     clip_norm: float | None = Field(None, gt=0)
+    clip_value: float | None = Field(None, gt=0)
 
 
 def learning_rate_at(recipe: Recipe, progress: float) -> float:

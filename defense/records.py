@@ -81,6 +81,15 @@ class ImageSet:
             self.pixels, self.labels[mask], self.ids[mask], self.class_names, self.rows[mask]
         )
 
+    def take(self, rows: NDArray[np.int64]) -> "ImageSet":
+        """Select samples by number, in the order given; a number may come more than once.
+
+        For work inside a stage; between stages a set of rows is a mask.
+        """
+        return ImageSet(
+            self.pixels, self.labels[rows], self.ids[rows], self.class_names, self.rows[rows]
+        )
+
     def uint8(self, index: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.uint8]:
         """Copy the pixels of some samples: uint8 ``[m, c, h, w]``."""
         return self.pixels[self.rows[index]]
@@ -105,6 +114,13 @@ class ImageSet:
         return self.class_names.index(name)
 
 
+def mask_of(rows: NDArray[np.int64], count: int) -> Mask:
+    """Turn row numbers into a mask: bool ``[count]``."""
+    mask = np.zeros(count, dtype=np.bool_)
+    mask[rows] = True
+    return mask
+
+
 def image_set(
     pixels: NDArray[np.uint8],
     labels: NDArray[np.int64],
@@ -125,7 +141,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was planted. Only the audit may read it.
+    """What was planted. No detector and no unlearner can read it.
 
     Attributes:
         poisoned: bool ``[n]`` over the train split.

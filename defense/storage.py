@@ -102,7 +102,7 @@ def save_truth(path: Path, truth: Truth, *, inputs: Inputs) -> str:
 
 
 def load_truth(path: Path) -> tuple[Truth, Manifest]:
-    """Load what was planted. For the audit only."""
+    """Load what was planted, to measure by; never for a detector or an unlearner."""
     manifest = open_artifact(path, "truth")
     truth = Truth(
         read_array(path / "poisoned.npy"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, has_bf16, progress
+from defense.compute import device, has_bf16, progress, repeatable
 from defense.errors import DataError, NumericalError
 from defense.phases import Phase
 from defense.recipe import Recipe, learning_rate_at
@@ -79,13 +79,16 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         batch = batch.to(self.place, memory_format=torch.channels_last)
-        loss = phase.loss(self.work, batch, rows)
-        self.work.zero_grad(set_to_none=True)
-        loss.backward()
+        with repeatable():
+            loss = phase.loss(self.work, batch, rows)
+            self.work.zero_grad(set_to_none=True)
+            loss.backward()
         for low, high in self.master:
             high.grad = None if low.grad is None else low.grad.float()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
+        if self.recipe.clip_value is not None:
+            nn.utils.clip_grad_value_(self.trained, self.recipe.clip_value)
         self.optimizer.step()
         with torch.no_grad():
             for low, high in self.master:
@@ -247,3 +250,21 @@ def _epoch(
         total = total + loss.cpu() * len(rows)
         bar.update()
     return float(total) / len(images)
+
+
+def all_but_last(model: nn.Module, count: int) -> list[str]:
+    """Name the parameters before the last `count` convolutions and linear layers.
+
+    Raises:
+        DataError: There are fewer layers.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    ]
+    if count > len(layers):
+        raise DataError(f"expected a model of at least {count} layers, got one of {len(layers)}")
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{layers[-count]}."))
+    return names[:first]

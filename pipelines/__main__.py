@@ -38,15 +38,15 @@ def main(stage: str, cell: str | None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("defense").setLevel(logging.INFO)
     try:
-        params, paths = read_cell(PARAMS, cell) if cell else (read_params(PARAMS), Paths())
-        start = time.perf_counter()
+        params, paths = read_cell(PARAMS, cell, stage) if cell else (read_params(PARAMS), Paths())
+        start, resumed = time.perf_counter(), paths.scratch(stage).is_dir()
         done = importlib.import_module(f"pipelines.stages.{stage}").run(params, paths)
     except DefenseError as error:
         click.echo(f"error: {stage}: {error}", err=True)
         sys.exit(2)
     shutil.rmtree(paths.scratch(stage), ignore_errors=True)
     if cell:  # for the tables; no output of DVC, because it differs from run to run
-        seconds = time.perf_counter() - start
+        seconds = None if resumed else time.perf_counter() - start
         write_json(paths.metrics(stage).with_suffix(".seconds.json"), {"seconds": seconds})
     click.echo(done)
 

@@ -1,59 +1,70 @@
 """One cell of a matrix of runs: its parameters and its folders.
 
-The file of a matrix has the sections of params.yaml under ``shared``, and those that differ under
-``worlds.<world>`` (data set, model, training) and ``worlds.<world>.attacks.<attack>``; a later one
-replaces an earlier one. ``detectors`` and ``unlearners`` name variants of methods.
+The file of a matrix holds, beside named variants of ``detectors`` and ``unlearners``, the sections
+of params.yaml where they belong: under ``shared`` those all cells have in common, under
+``worlds.<world>`` data set, model and training, under ``worlds.<world>.attacks.<attack>`` the
+attack and the affected inputs. So DVC sees every section a stage uses by one name.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from defense.errors import DefenseError
 from pipelines.params import Params, read_yaml, validate
-from pipelines.paths import REFERENCES, Paths
+from pipelines.paths import DEPTHS, REFERENCES, Paths
 
 CELLS = Path("cells")
-FORM = "<world>/<seed>/<attack>/<detector>/<unlearner>"
-DEPTHS = (2, 3, 4, 5)  # names in a cell, by how far the run has come
+PARTS = ("world", "seed", "attack", "detector", "unlearner")
+SHARED = {"factors", "transforms", "scores", "audit", "gate", "tracking"}
+WORLD = {"data", "model", "train", "attacks"}
+ATTACK = {"attack", "affected"}
 
 
-def read_cell(path: Path, cell: str) -> tuple[Params, Paths]:
+def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
     """Read the parameters of one cell.
 
     Args:
         path: The matrix's parameter file.
-        cell: World, seed, attack, detector and unlearner, as far as the stage needs them.
-            What is not said stands for the first of its kind, which the stage does not use.
+        cell: World, seed, attack, detector and unlearner, as far as the stage goes.
+        stage: The stage that is to run. What is not part of its cell stands for the first of
+            its kind, which the stage does not use.
 
     Raises:
-        DefenseError: The cell does not exist, or its parameters are not valid.
+        DefenseError: The stage has no such cell, or the parameters are not valid.
     """
-    matrix, names = read_yaml(path), cell.split("/")
-    if len(names) not in DEPTHS or not names[1].isdigit():
-        raise DefenseError(
-            f"expected a cell {FORM} or the first two or more of these, got '{cell}'"
-        )
-    world = _pick(matrix, "worlds", names[:1])
-    attack = _pick(world, "attacks", names[2:3])
-    sections = {**matrix.get("shared", {}), **world, **attack, "seed": int(names[1])}
+    names, depth = cell.split("/"), DEPTHS.get(stage, 0)
+    if len(names) != depth or not re.fullmatch("0|[1-9][0-9]*", names[1]):
+        form = "/".join(f"<{part}>" for part in PARTS[:depth]) or "no cell"
+        raise DefenseError(f"stage {stage}: expected {form}, got '{cell}'")
+    if stage in ("detect", "reference") and (names[3] in REFERENCES) != (stage == "reference"):
+        raise DefenseError(f"stage {stage} cannot give the flags of '{names[3]}'")
+    matrix = _mapping(read_yaml(path), "the file", {"shared", "worlds", "detectors", "unlearners"})
+    world = _mapping(_pick(matrix, "worlds", names[:1]), names[0], WORLD)
+    attack = _mapping(_pick(world, "attacks", names[2:3]), "an attack", ATTACK)
     detector = [name for name in names[3:4] if name not in REFERENCES]
+    sections = {**_mapping(matrix.get("shared"), "shared", SHARED), **world, **attack}
+    sections["seed"] = int(names[1])
     sections["detector"] = _pick(matrix, "detectors", detector)
     sections["unlearner"] = _pick(matrix, "unlearners", names[4:5])
     del sections["attacks"]
-    return validate(path, sections), _paths(names)
+    return validate(path, sections), Paths(*(CELLS.joinpath(*names[:end]) for end in range(2, 6)))
 
 
-def _pick(mapping: Mapping[str, Any], section: str, name: list[str]) -> dict[str, Any]:
+def _mapping(value: Any, place: str, keys: set[str]) -> dict[str, Any]:
+    """Require a mapping with some keys and no other."""
+    if not isinstance(value, dict) or set(value) != keys:
+        got = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise DefenseError(f"matrix: {place} needs the keys {', '.join(sorted(keys))}, got {got}")
+    return value
+
+
+def _pick(mapping: Mapping[str, Any], section: str, name: list[str]) -> Any:
     """Return the named variant of a section, or its first one."""
-    variants = mapping.get(section)
+    variants = mapping[section]
     if not isinstance(variants, dict) or not variants:
-        raise DefenseError(f"expected a section '{section}' with named variants in the matrix")
+        raise DefenseError(f"matrix: expected named variants in '{section}'")
     if name and name[0] not in variants:
         raise DefenseError(f"'{name[0]}' is not one of {section}: {', '.join(variants)}")
-    return dict(variants[name[0] if name else next(iter(variants))])
-
-
-def _paths(names: list[str]) -> Paths:
-    folders = [CELLS.joinpath(*names[:depth]) for depth in DEPTHS]
-    return Paths(*folders)
+    return variants[name[0] if name else next(iter(variants))]

@@ -7,15 +7,19 @@ HOME = Path()
 PARAMS = Path("params.yaml")
 REFERENCES = ("truth", "chance", "nothing")  # stand for a detector in a matrix of runs
 
-LEVELS = {
-    "data": "data",
-    "poison": "attack",
-    "train": "attack",
-    "factors": "attack",
-    "influence": "attack",
-    "detect": "detection",
-    "reference": "detection",
-}  # of the stages before the remediation
+DEPTHS = {
+    "data": 2,
+    "poison": 3,
+    "train": 3,
+    "factors": 3,
+    "influence": 3,
+    "detect": 4,
+    "reference": 4,
+    "counterfactual": 4,
+    "remediate": 5,
+    "audit": 5,
+}  # parts of a cell's name that a stage's results depend on
+LEVELS = {2: "data", 3: "attack", 4: "detection"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Paths:
 
     @property
     def truth(self) -> Path:
-        """Artefact of the poison stage; only the audit may read it."""
+        """Artefact of the poison stage; no detector or unlearner may read it."""
         return self.attack / "artifacts/truth"
 
     @property
@@ -108,5 +112,5 @@ class Paths:
         return self._home(stage) / "scratch" / stage
 
     def _home(self, stage: str) -> Path:
-        home: Path = getattr(self, LEVELS.get(stage, "remediation"))
+        home: Path = getattr(self, LEVELS.get(DEPTHS.get(stage, 5), "remediation"))
         return home

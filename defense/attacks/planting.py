@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from defense.compute import batches, pixel_store
 from defense.errors import DataError
-from defense.records import ImageSet, Mask, Truth
+from defense.records import ImageSet, Mask, Truth, mask_of
 
 
 def choose(
@@ -49,6 +49,4 @@ def truth_of(
     victims: Mask,
 ) -> Truth:
     """Note what was planted; the arguments are as in `Truth`, `chosen` are row numbers."""
-    poisoned = np.zeros(len(train), dtype=np.bool_)
-    poisoned[chosen] = True
-    return Truth(poisoned, train.labels, target, probe_labels, victims)
+    return Truth(mask_of(chosen, len(train)), train.labels, target, probe_labels, victims)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from defense.attacks.triggered import Stamp, TriggerAttack
 from defense.contracts import Surrogate
+from defense.errors import DataError
 from defense.records import ImageSet
 
 
@@ -40,5 +41,10 @@ class Sig(TriggerAttack):
     def stamp(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Add the sinusoid to copies of images: uint8 ``[n, c, h, w]``."""
         width = pixels.shape[3]
+        if 2 * self.frequency >= width:
+            raise DataError(
+                f"attack.frequency is {self.frequency:g} periods over {width} pixels, expected "
+                f"less than {width / 2:g}: the sinusoid would vanish or alias"
+            )
         wave = np.sin(2 * math.pi * np.arange(width) * self.frequency / width)
         return np.rint(np.clip(pixels + self.amplitude * wave, 0, 255)).astype(np.uint8)

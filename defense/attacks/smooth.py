@@ -1,5 +1,6 @@
 """Smooth trigger: one low-frequency pattern for all images (Zeng et al. 2021; method card 2.2)."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,16 +14,20 @@ from torch import Tensor, nn
 
 from defense.attacks.triggered import Stamp, TriggerAttack
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, progress
+from defense.compute import device, progress, repeatable
 from defense.contracts import Surrogate
+from defense.errors import DataError
 from defense.prediction import frozen
 from defense.records import ImageSet
 from defense.statistics import channel_statistics
+
+logger = logging.getLogger(__name__)
 
 OVERSHOOT = 0.02  # of a DeepFool perturbation
 DEEPFOOL_STEPS = 200
 SIGMA = 6 / 32  # of the Gaussian filter, as a share of the image's side
 TRUNCATE = 2.5  # deviations at which the filter ends: 30 taps on 32 pixels
+VERSION = 1  # of the search; a checkpoint of another version is not continued
 DOMINANT = 0.05  # share of changed labels from which on the search follows the commonest one
 
 
@@ -32,7 +37,8 @@ class Smooth(TriggerAttack):
     The fit repeats passes over some train images: each image whose label the pattern does not
     change yet is pushed towards one class by DeepFool, and the push is smoothed and added to
     the pattern. The class it aims at follows the commonest wrong label; the poison's label is
-    `target_class` whatever that is.
+    `target_class` whatever that is. Unlike the source's, the search sees the images as they will be
+    stamped, clipped to [0, 1], and leaves out those that already are of the class it aims at.
 
     Attributes:
         num_images: Train images the pattern is fitted on; 100 in the source.
@@ -54,22 +60,34 @@ class Smooth(TriggerAttack):
     def trigger(self, train: ImageSet, generator: torch.Generator, surrogate: Surrogate) -> Stamp:
         """See `TriggerAttack.trigger`."""
         rows = torch.randperm(len(train), generator=generator)[: self.num_images].numpy()
-        chosen = train.where(np.isin(np.arange(len(train)), rows))
+        chosen = train.take(np.sort(rows))
         model = surrogate.model()
         target = train.class_index(self.target_class, role="attack.target_class")
         checkpoint = Checkpoint.at(
-            surrogate.scratch, self.model_dump_json().encode(), fingerprint(model, chosen)
+            surrogate.scratch,
+            f"{VERSION} {self.model_dump_json()}".encode(),
+            fingerprint(model, chosen),
         )
-        with frozen(model):
-            pattern = self._fit(model, chosen.images().to(device()), target, checkpoint)
+        with frozen(model), repeatable():
+            pattern, fooled = self._fit(model, chosen.images().to(device()), target, checkpoint)
+        logger.info("smooth trigger: changes %.0f %% of a clean model's labels", 100 * fooled)
+        if fooled == 0:
+            raise DataError(
+                f"attack smooth: no label of {len(chosen)} images changes after {self.passes} "
+                "passes; raise attack.passes, attack.num_images or attack.amplitude"
+            )
+        if fooled < self.fooling:
+            warnings.warn(
+                f"smooth trigger: aimed at {self.fooling:.0%} of the labels", stacklevel=2
+            )
         if self.paper_artifact:
             return _stretcher(pattern, *channel_statistics(train))
         return lambda pixels: np.rint(np.clip(pixels + 255 * pattern, 0, 255)).astype(np.uint8)
 
     def _fit(
         self, model: nn.Module, images: Tensor, target: int, checkpoint: Checkpoint
-    ) -> NDArray[np.float32]:
-        """Search the pattern: float32 ``[c, h, w]`` in [0, amplitude]."""
+    ) -> tuple[NDArray[np.float32], float]:
+        """Search the pattern: float32 ``[c, h, w]``, and the share of labels it changes."""
         labels, count = _classes(model, images), len(images)
         state: dict[str, Any] = checkpoint.load() or {
             "pattern": torch.zeros(images.shape[1:]),
@@ -88,14 +106,8 @@ class Smooth(TriggerAttack):
                     _judge(model, images, labels, state)
                 checkpoint.save(state)
                 bar.update()
-        if state["fooled"] < self.fooling:
-            warnings.warn(
-                f"smooth trigger: changes {state['fooled']:.0%} of the labels of a clean model "
-                f"after {self.passes} passes, aimed at {self.fooling:.0%}",
-                stacklevel=2,
-            )
         pattern: NDArray[np.float32] = state["best"].numpy()
-        return pattern
+        return pattern, float(state["fooled"])
 
     def _push(self, model: nn.Module, image: Tensor, label: int, state: dict[str, Any]) -> None:
         """Let one image whose label the pattern does not change yet move the pattern."""

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -67,9 +66,7 @@ class TriggerAttack(Attack):
         pixels[chosen] = stamp(pixels[chosen])
         labels[chosen] = target
         dirty = image_set(pixels, labels, train.ids, train.class_names)
-        clean = replace(
-            test, labels=test.labels[victims], ids=test.ids[victims], rows=test.rows[victims]
-        )
+        clean = test.take(victims)
         wanted = np.full(len(victims), target, dtype=np.int64)
         probe = image_set(stamp(clean.uint8()), wanted, clean.ids, test.class_names)
         untouched = np.zeros(len(test), dtype=np.bool_)

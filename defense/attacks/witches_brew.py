@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from defense.attacks.planting import choose, copy_pixels, truth_of
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, progress
+from defense.compute import device, progress, repeatable
 from defense.contracts import Attack, Surrogate
 from defense.errors import DataError
 from defense.prediction import frozen, predict
@@ -20,6 +20,7 @@ from defense.records import ImageSet, PoisonedSplit, Split, image_set
 from defense.statistics import channel_statistics
 from defense.training import augment
 
+VERSION = 1  # of the search; a checkpoint of another version is not continued
 DECAYS = (0.375, 0.625, 0.875)  # shares of the steps after which the rate falls to a tenth
 
 
@@ -62,8 +63,8 @@ class WitchesBrew(Attack):
         chosen = choose(carriers, self.poison_fraction, len(train), generator)
         candidates = self._candidates(test, target)
         model = surrogate.model()
-        victim = test.where(self._victim(model, test, candidates, generator))
-        poison = train.where(np.isin(np.arange(len(train)), chosen))
+        victim = self._victim(model, test, candidates, generator)
+        poison = train.take(np.sort(chosen))
         seed = int(torch.randint(2**62, (), generator=generator))
         change = self._brew(model, victim, poison, channel_statistics(train)[1], surrogate, seed)
         pixels = copy_pixels(train)
@@ -92,8 +93,8 @@ class WitchesBrew(Attack):
         test: ImageSet,
         candidates: NDArray[np.bool_],
         generator: torch.Generator,
-    ) -> NDArray[np.bool_]:
-        """Draw one candidate that a clean model gets right: bool ``[t]``."""
+    ) -> ImageSet:
+        """Draw one candidate that a clean model gets right."""
         right = candidates.copy()
         right[candidates] = predict(model, test.where(candidates)) == test.labels[candidates]
         rows = np.flatnonzero(right)
@@ -102,8 +103,7 @@ class WitchesBrew(Attack):
                 f"attack: a clean model gets none of {candidates.sum()} test images of the "
                 "victim class right; train it longer"
             )
-        drawn = rows[int(torch.randint(len(rows), (), generator=generator))]
-        return np.arange(len(test)) == drawn
+        return test.take(rows[[int(torch.randint(len(rows), (), generator=generator))]])
 
     def _brew(
         self,
@@ -115,9 +115,10 @@ class WitchesBrew(Attack):
         seed: int,
     ) -> Tensor:
         """Optimise the change of every poisoned row: float32 ``[p, c, h, w]`` in [-1, 1]."""
-        key = self.model_dump_json().encode(), fingerprint(model, poison), victim.uint8().tobytes()
-        checkpoint = Checkpoint.at(surrogate.scratch, *key, str(seed).encode())
-        with frozen(model):
+        key = fingerprint(model, poison), victim.uint8().tobytes()
+        settings = f"{VERSION} {seed} {self.model_dump_json()}".encode()
+        checkpoint = Checkpoint.at(surrogate.scratch, settings, *key)
+        with frozen(model), repeatable():
             model.requires_grad_(True)
             aim = parameter_gradient(model, victim.images(), poison.targets()[:1])
             task = Matching(self, model, aim, poison, deviations, surrogate.recipe)
@@ -171,7 +172,9 @@ def parameter_gradient(
     """Compute the gradient of the mean cross-entropy with respect to all parameters, as one row."""
     place = device()
     loss = F.cross_entropy(model(images.to(place)), labels.to(place))
-    parts = torch.autograd.grad(loss, list(model.parameters()), create_graph=keep_graph)
+    parts = torch.autograd.grad(
+        loss, list(model.parameters()), create_graph=keep_graph, materialize_grads=True
+    )
     return torch.cat([part.reshape(-1) for part in parts])
 
 

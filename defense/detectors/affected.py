@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from defense.detectors.candidates import RowDetector
+from defense.detectors.candidates import RowDetector, narrowed
 from defense.errors import DataError
 from defense.records import Case, Flags, Mask
 
@@ -44,13 +44,9 @@ class ScoreDetector(RowDetector):
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`."""
+        case = narrowed(case, self.affected)
         affected = case.queries.affected.numpy()
-        numbers = np.unique(affected)[: self.affected]
-        if len(numbers) < (self.affected or 1):
-            raise DataError(
-                f"detector.affected is {self.affected}, but only {len(numbers)} affected inputs "
-                "were scored; raise affected.count"
-            )
+        numbers = np.unique(affected)
         if len(numbers) <= self.affected_tolerance:
             raise DataError(
                 f"detector.affected_tolerance is {self.affected_tolerance}, expected less than "

@@ -1,12 +1,15 @@
-"""Which rows a rule is applied to, and the shape of the answer: common to all detectors."""
+"""Which rows and inputs a rule is applied to, and the shape of the answer."""
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from defense.contracts import Detector
-from defense.records import Case, Flags, Mask
+from defense.errors import DataError
+from defense.records import Case, Flags, Mask, Queries
 
 
 class RowDetector(Detector):
@@ -31,3 +34,23 @@ def predicted_label_rows(case: Case) -> Mask:
     """Mark the rows that carry the predicted label of an affected input: bool ``[n]``."""
     original = case.queries.changed("none")
     return np.isin(case.train.labels, case.queries.labels.numpy()[original])
+
+
+def narrowed(case: Case, count: int | None) -> Case:
+    """Restrict a case to its first affected inputs; None keeps all.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if count is None:
+        return case
+    affected = case.queries.affected.numpy()
+    numbers = np.unique(affected)
+    if len(numbers) < count:
+        raise DataError(
+            f"detector.affected is {count}, but only {len(numbers)} affected inputs were scored; "
+            "raise affected.count"
+        )
+    kept = np.isin(affected, numbers[:count])
+    queries = Queries(*(part[torch.from_numpy(kept)] for part in vars(case.queries).values()))
+    return replace(case, queries=queries, scores=case.scores[kept])

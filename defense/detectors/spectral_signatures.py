@@ -60,7 +60,7 @@ class SpectralSignatures(RowDetector):
         leading = svd(shifted, full_matrices=False)[2][0]
         squares: Array = np.square((shifted if self.centred else seen) @ leading)
         count = int(1.5 * self.expected_fraction * len(squares))
-        if count == 0:
-            return np.zeros_like(squares)
-        cut = np.sort(squares)[-count - 1] if count < len(squares) else 0.0
-        return squares / max(cut, np.finfo(np.float32).tiny)
+        cut = np.sort(squares)[-count - 1]
+        if count == 0 or cut <= np.finfo(np.float32).eps * squares.max():
+            return np.zeros_like(squares)  # nothing to cut, or rows that are all alike
+        return squares / cut

@@ -2,15 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defense.compute import device
+from defense.compute import device, repeatable
 from defense.influence.layers import Tape, Visit, find_layers
 from defense.records import ImageSet
 
@@ -40,14 +38,6 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, c, h, w]`` to the same shape."""
         return torch.addcmul(self.shift, x, self.scale)
-
-
-def _repeatable() -> AbstractContextManager[None]:
-    """Keep convolutions on CUDA in full float32, and their sums in one order."""
-    flags = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    return cast(AbstractContextManager[None], flags)
 
 
 def _replace_norms(module: nn.Module) -> None:
@@ -98,7 +88,7 @@ class Network:
         self.tape.start(len(images))
         layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
         x = images.to(self.place, self.dtype, memory_format=layout)
-        with _repeatable():
+        with repeatable():
             result: Tensor = self.model(x)
         return result.to(torch.promote_types(self.dtype, torch.float32))
 
@@ -108,10 +98,10 @@ class Network:
 
     def forward(self, visit: Visit) -> None:
         """See `Tape.forward`."""
-        with _repeatable():
+        with repeatable():
             self.tape.forward(visit)
 
     def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
         """See `Tape.backward`."""
-        with _repeatable():
+        with repeatable():
             self.tape.backward(outputs, cotangents, visit)

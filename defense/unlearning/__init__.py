@@ -8,7 +8,7 @@ from defense.unlearning.bad_teacher import BadTeacher
 from defense.unlearning.fine_tuning import CatastrophicForgetting
 from defense.unlearning.potion import Potion
 from defense.unlearning.retraining import ExactUnlearning
-from defense.unlearning.scrub import Scrub
+from defense.unlearning.scrub import CorrectiveScrub, Scrub
 from defense.unlearning.ssd import SelectiveSynapticDampening
 
 AnyUnlearner = Annotated[
@@ -16,6 +16,7 @@ AnyUnlearner = Annotated[
     | CatastrophicForgetting
     | SelectiveSynapticDampening
     | Scrub
+    | CorrectiveScrub
     | BadTeacher
     | Potion,
     Field(discriminator="name"),

@@ -13,7 +13,7 @@ from defense.phases import Phase
 from defense.recipe import Recipe
 from defense.records import Trained
 from defense.unlearning.distillation import asked, divergence, teacher
-from defense.unlearning.parts import join, mask_of, part
+from defense.unlearning.parts import join, part
 
 
 class BadTeacher(Unlearner):
@@ -41,7 +41,7 @@ class BadTeacher(Unlearner):
         forget, retain = repair.forget, repair.retain
         competent, incompetent = teacher(repair.model), teacher(trainer.fresh(retain))
         drawn = part(retain, self.retain_share, trainer.seeds("retain share"))
-        images = join(forget, retain.where(mask_of(drawn, retain)))
+        images = join(forget, retain.take(drawn))
         num_forget = len(forget)
 
         def objective(model: nn.Module, batch: Tensor, rows: NDArray[np.int64]) -> Tensor:
@@ -56,6 +56,7 @@ class BadTeacher(Unlearner):
             weight_decay=0.0,
             schedule="constant",
             optimizer="adam",
+            precision=trainer.recipe.precision,
         )
         phase = Phase(images, self.epochs, objective, f"{self.model_dump_json()} {num_forget}")
         return trainer.tune(repair.model, [phase], recipe)

@@ -43,7 +43,8 @@ def batch_importance(
         for rows in batches(len(images), batch_size, label=label):
             logits = model(images.images(rows).to(device()))
             value = loss(logits, images.targets(rows).to(device()))
-            for sum_, part in zip(total, torch.autograd.grad(value, parameters), strict=True):
+            slopes = torch.autograd.grad(value, parameters, materialize_grads=True)
+            for sum_, part in zip(total, slopes, strict=True):
                 sum_ += part.abs() ** power
             count += 1
         return {name: (sum_ / count).cpu() for name, sum_ in zip(names, total, strict=True)}

@@ -3,13 +3,12 @@
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
 
 from defense.contracts import Repair, Trainer, Unlearner
-from defense.errors import DataError
 from defense.phases import Phase
 from defense.recipe import Recipe
 from defense.records import Trained
+from defense.training import all_but_last
 
 
 class CatastrophicForgetting(Unlearner):
@@ -43,21 +42,3 @@ class CatastrophicForgetting(Unlearner):
         recipe = original.model_copy(update={"epochs": epochs, "learning_rate": rate})
         frozen = all_but_last(repair.model, self.last_layers) if self.last_layers else ()
         return trainer.tune(repair.model, [Phase(repair.retain, epochs)], recipe, frozen=frozen)
-
-
-def all_but_last(model: nn.Module, count: int) -> list[str]:
-    """Name the parameters before the last `count` convolutions and linear layers.
-
-    Raises:
-        DataError: There are fewer layers.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-    ]
-    if count > len(layers):
-        raise DataError(f"unlearner.last_layers is {count}, the model has {len(layers)} layers")
-    first = next(i for i, name in enumerate(names) if name.startswith(f"{layers[-count]}."))
-    return names[:first]

@@ -24,18 +24,6 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     )
 
 
-def mask_of(rows: NDArray[np.int64], images: ImageSet) -> NDArray[np.bool_]:
-    """Turn row numbers into a mask over a set."""
-    return np.isin(np.arange(len(images)), rows)
-
-
 def shuffled(images: ImageSet, generator: torch.Generator) -> ImageSet:
     """Put a set in random order, for batches that are alike."""
-    order = torch.randperm(len(images), generator=generator).numpy()
-    return ImageSet(
-        images.pixels,
-        images.labels[order],
-        images.ids[order],
-        images.class_names,
-        images.rows[order],
-    )
+    return images.take(part(images, 1.0, generator))

@@ -13,6 +13,7 @@ from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import Trained
 from defense.unlearning.dampening import Importance, batch_importance, dampened
+from defense.unlearning.parts import shuffled
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +46,30 @@ class Potion(Unlearner):
     def remove(self, repair: Repair, trainer: Trainer) -> Trained:
         """See `Unlearner.remove`."""
         model, forget, retain = repair.model, repair.forget, repair.retain
+        mix = trainer.seeds("importance")
         ours, rest = (
             batch_importance(
-                model, part, _length, 1, batch_size=self.batch_size, label=f"importance, {name}"
+                model,
+                shuffled(part, mix),
+                _length,
+                1,
+                batch_size=self.batch_size,
+                label=f"importance, {name}",
             )
-            for name, part in (("forget", forget), ("retain", retain))
+            for name, part in (("flagged rows", forget), ("other rows", retain))
         )
         ratios = _ratios(ours, rest)
-        share = len(forget) / (25 * len(retain))
+        share = len(forget) / (25 * (len(forget) + len(retain)))
         bound = self.forget_accuracy * (predict(model, forget) == forget.labels).mean()
         for _ in range(MAX_TRIES):
-            off = min(math.log(1 + 100 * share), 100.0)  # per cent of the weights
-            alpha = float(ratios[min(int(len(ratios) * off / 100), len(ratios) - 1)])
+            off = math.log(1 + 100 * share)  # per cent of the weights, at most 50 after all tries
+            alpha = float(ratios[int(len(ratios) * off / 100)])
             changed = dampened(model, ours, rest, alpha, 1.0)
-            if (predict(changed, forget) == forget.labels).mean() <= bound or off >= 100:
+            if (predict(changed, forget) == forget.labels).mean() <= bound:
                 break
             share *= GROWTH
+        else:
+            logger.warning("potion: the flagged labels are not forgotten after %d tries", MAX_TRIES)
         logger.info("potion: the %.3g %% of the weights with ratios above %.3g", off, alpha)
         return Trained(changed, len(forget) + len(retain))
 

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from defense.contracts import Repair, Trainer, Unlearner
 from defense.prediction import logits, predict
 from defense.recipe import Recipe
-from defense.records import ImageSet, Trained
+from defense.records import ImageSet, Trained, mask_of
 from defense.unlearning.dampening import (
     Importance,
     batch_importance,
     dampened,
     sample_importance,
 )
-from defense.unlearning.parts import join, mask_of, part, shuffled
+from defense.unlearning.parts import join, part, shuffled
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,13 @@ class SelectiveSynapticDampening(Unlearner):
     def remove(self, repair: Repair, trainer: Trainer) -> Trained:
         """See `Unlearner.remove`."""
         model, forget = repair.model, repair.forget
-        drawn = mask_of(part(repair.retain, HELD_OUT, trainer.seeds("held out")), repair.retain)
+        rows = part(repair.retain, HELD_OUT, trainer.seeds("held out"))
+        drawn = mask_of(rows, len(repair.retain))
         held, kept = repair.retain.where(drawn), repair.retain.where(~drawn)
-        rows = shuffled(join(forget, kept), trainer.seeds("importance"))
-        ours = self._importance(model, forget, "flagged rows")
-        everything = self._importance(model, rows, "all rows")
+        mix = trainer.seeds("importance")
+        every_row = shuffled(join(forget, kept), mix)
+        ours = self._importance(model, shuffled(forget, mix), "flagged rows")
+        everything = self._importance(model, every_row, "all rows")
         candidates = [
             (alpha, share, dampened(model, ours, everything, alpha, share * alpha))
             for alpha in self.alphas
@@ -73,7 +75,7 @@ class SelectiveSynapticDampening(Unlearner):
         scores = [self._judge(candidate, asked, held) for *_, candidate in candidates]
         best = max(range(len(scores)), key=scores.__getitem__)
         logger.info("ssd: alpha %g, strength %g", *candidates[best][:2])
-        return Trained(candidates[best][2], len(forget) + len(rows))
+        return Trained(candidates[best][2], len(forget) + len(every_row))
 
     def _importance(self, model: nn.Module, images: ImageSet, label: str) -> Importance:
         label = f"importance, {label}"

@@ -7,7 +7,7 @@ from defense.artifacts import require_input, write_json
 from defense.compute import seeded
 from defense.metrics import model_quality
 from defense.prediction import predict
-from defense.records import Mask, Truth
+from defense.records import Mask, Truth, mask_of
 from defense.storage import load_flags, load_images, load_truth
 from defense.victim import make_trainer
 from pipelines.params import Params
@@ -20,8 +20,9 @@ def run(params: Params, paths: Paths) -> str:
     test, _ = load_images(paths.test)
     probe, _ = load_images(paths.probe)
     affected, _ = load_images(paths.affected)
-    truth, _ = load_truth(paths.truth)
+    truth, truth_manifest = load_truth(paths.truth)
     flags, flags_manifest = load_flags(paths.flags)
+    require_input(truth_manifest, "poisoned_train", manifest.digest, owner=paths.truth)
     require_input(flags_manifest, "poisoned_train", manifest.digest, owner=paths.flags)
     removals = counterfactuals(
         flags.mask, truth, train.labels, seeded(params.seed, "counterfactual")
@@ -39,7 +40,7 @@ def run(params: Params, paths: Paths) -> str:
         said = predict(model, test), predict(model, probe)
         measured = model_quality(*said, test, probe, truth, affected.ids)
         results[name] = {"removed": int(removed.sum())} | measured.model_dump(mode="json")
-        write_json(paths.metrics("counterfactual"), results)
+    write_json(paths.metrics("counterfactual"), results)
     return "; ".join(
         f"without {name} ({entry['removed']:,} rows): poison success {entry['psr']['value']:.1%}"
         for name, entry in results.items()
@@ -76,4 +77,4 @@ def _draw(mask: Mask, count: int, generator: torch.Generator) -> Mask:
     """Draw some rows of a set; all of it if it is smaller."""
     rows = np.flatnonzero(mask)
     chosen = rows[torch.randperm(len(rows), generator=generator)[:count].numpy()]
-    return np.isin(np.arange(len(mask)), chosen)
+    return mask_of(chosen, len(mask))

@@ -6,7 +6,7 @@ from defense.records import Case
 from defense.storage import load_images, load_scores, save_flags
 from pipelines.params import Params
 from pipelines.paths import Paths
-from pipelines.stages.common import load_model
+from pipelines.stages.common import blinded, load_model
 
 
 def run(params: Params, paths: Paths) -> str:
@@ -16,7 +16,7 @@ def run(params: Params, paths: Paths) -> str:
     (queries, scores), scores_manifest = load_scores(paths.scores)
     require_input(scores_manifest, "poisoned_train", manifest.digest, owner=paths.scores)
     require_input(scores_manifest, "suspect", suspect.digest, owner=paths.scores)
-    case = Case(train, model, queries, scores)
+    case = Case(blinded(train), model, queries, scores)
     generator = seeded(params.seed, "detect")
     flags = params.detector.detect(case, generator, paths.scratch("detect"))
     origin = {"scores": scores_manifest.digest, "poisoned_train": manifest.digest}

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from defense.artifacts import require_input
 from defense.compute import seeded
 from defense.errors import DataError
 from defense.records import Flags, Mask, Truth
@@ -15,10 +16,10 @@ def run(params: Params, paths: Paths) -> str:
     """Write the flags that the name of the cell's fourth part asks for."""
     kind = paths.detection.name
     if kind not in REFERENCES:
-        known = ", ".join(REFERENCES)
-        raise DataError(f"expected one of {known} as the cell's detector, got '{kind}'")
+        raise DataError(f"expected a cell whose fourth part is one of {', '.join(REFERENCES)}")
     train, manifest = load_images(paths.poisoned_train)
     truth, truth_manifest = load_truth(paths.truth)
+    require_input(truth_manifest, "poisoned_train", manifest.digest, owner=paths.truth)
     mask = flagged(kind, truth, seeded(params.seed, "reference"))
     everything = np.ones_like(mask)
     flags = Flags(

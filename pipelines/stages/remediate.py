@@ -7,7 +7,7 @@ from defense.storage import load_flags, load_images, save_model
 from defense.victim import make_trainer
 from pipelines.params import Params
 from pipelines.paths import Paths
-from pipelines.stages.common import load_model
+from pipelines.stages.common import blinded, load_model
 
 
 def run(params: Params, paths: Paths) -> str:
@@ -26,7 +26,8 @@ def run(params: Params, paths: Paths) -> str:
         stream="remediated",
         scratch=paths.scratch("remediate"),
     )
-    repair = Repair(model, train.where(flags.mask), train.where(~flags.mask), affected)
+    rows = blinded(train)
+    repair = Repair(model, rows.where(flags.mask), rows.where(~flags.mask), affected)
     done = params.unlearner.unlearn(repair, trainer)
     cost = {"gradient_samples": done.gradient_samples}
     declared = params.unlearner.max_gradient_samples(

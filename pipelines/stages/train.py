@@ -53,9 +53,9 @@ def choose_affected(
     available = len(probe) if settings.fill else int(fooled.sum())
     if available < count:
         raise DataError(
-            f"affected.count is {count}, but only {fooled.sum()} of {len(probe)} triggered images "
+            f"affected.count is {count}, but only {fooled.sum()} of {len(probe)} attacked images "
             "get the target class: lower it, or make the attack or the training stronger"
         )
     drawn = torch.randperm(len(probe), generator=generator).numpy()
     chosen = np.concatenate([drawn[fooled[drawn]], drawn[~fooled[drawn]]])[:count]
-    return probe.where(np.isin(np.arange(len(probe)), chosen))
+    return probe.take(np.sort(chosen))

@@ -42,7 +42,7 @@ def test_every_cell_has_valid_parameters_and_its_own_outputs(stage: str) -> None
     declared, seen = STAGES[stage], set()
     for item in cells(stage):
         cell = fill(declared["cmd"], item).rsplit(" ", 1)[1]
-        params, paths = read_cell(PAPER / "params.yaml", cell)
+        params, paths = read_cell(PAPER / "params.yaml", cell, stage.split("_")[0])
         parts = cell.split("/")
         assert params.seed == int(parts[1])
         if len(parts) > 2:
@@ -82,15 +82,9 @@ def test_cells_depend_on_the_code_of_the_root_pipeline_and_their_own_method(stag
         assert {dep for dep in of_methods(ours) if "${item" not in dep} == helpers
 
 
-def test_later_sections_replace_earlier_ones(tmp_path: Path) -> None:
-    matrix = yaml.safe_load((PAPER / "params.yaml").read_text())
-    matrix["shared"]["scores"]["damping"] = 0.5
-    matrix["worlds"]["cifar10"]["attacks"]["smooth"]["scores"] = {"damping": 0.7}
-    file = tmp_path / "params.yaml"
-    file.write_text(yaml.safe_dump(matrix))
-    assert read_cell(file, "cifar10/0/badnets")[0].scores.damping == 0.5
-    params, paths = read_cell(file, "cifar10/3/smooth/ekfac/potion")
-    assert (params.seed, params.scores.damping) == (3, 0.7)
+def test_a_cell_collects_its_sections_and_folders() -> None:
+    params, paths = read_cell(PAPER / "params.yaml", "cifar10/3/smooth/ekfac/potion", "remediate")
+    assert (params.seed, params.attack.name) == (3, "smooth")
     assert (params.detector.name, params.unlearner.name) == ("influence_threshold", "potion")
     assert paths.poisoned_train == Path("cells/cifar10/3/smooth/artifacts/poisoned_train")
     assert paths.clean_train == Path("cells/cifar10/3/artifacts/clean_train")
@@ -101,22 +95,45 @@ def test_later_sections_replace_earlier_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_references_stand_for_detectors(kind: str) -> None:
-    _, paths = read_cell(PAPER / "params.yaml", f"cifar10/0/badnets/{kind}/eu")
+    _, paths = read_cell(PAPER / "params.yaml", f"cifar10/0/badnets/{kind}/eu", "remediate")
     assert paths.detection.name == kind
 
 
 @pytest.mark.parametrize(
-    ("cell", "message"),
+    ("stage", "cell", "message"),
     [
-        ("cifar10", "expected a cell <world>"),
-        ("cifar10/x/badnets", "expected a cell <world>"),
-        ("cifar10/0/badnets/ekfac/eu/more", "expected a cell <world>"),
-        ("mars/0", "'mars' is not one of worlds: cifar10"),
-        ("cifar10/0/zap", "'zap' is not one of attacks: badnets"),
-        ("cifar10/0/badnets/zap", "'zap' is not one of detectors: default"),
-        ("cifar10/0/badnets/ekfac/zap", "'zap' is not one of unlearners: eu"),
+        ("data", "cifar10", "expected <world>/<seed>, got 'cifar10'"),
+        ("data", "cifar10/x", "expected <world>/<seed>"),
+        ("data", "cifar10/00", "expected <world>/<seed>"),
+        ("detect", "cifar10/0/badnets", "expected <world>/<seed>/<attack>/<detector>, got"),
+        ("gate", "cifar10/0", "stage gate: expected no cell"),
+        ("detect", "cifar10/0/badnets/truth", "cannot give the flags of 'truth'"),
+        ("reference", "cifar10/0/badnets/ekfac", "cannot give the flags of 'ekfac'"),
+        ("data", "mars/0", "'mars' is not one of worlds: cifar10, imagenette"),
+        ("train", "cifar10/0/zap", "'zap' is not one of attacks: badnets"),
+        ("detect", "cifar10/0/badnets/zap", "'zap' is not one of detectors: default"),
+        ("audit", "cifar10/0/badnets/ekfac/zap", "'zap' is not one of unlearners: eu"),
     ],
 )
-def test_refuses_cells_that_do_not_exist(cell: str, message: str) -> None:
+def test_refuses_cells_that_do_not_exist(stage: str, cell: str, message: str) -> None:
     with pytest.raises(DefenseError, match=message):
-        read_cell(PAPER / "params.yaml", cell)
+        read_cell(PAPER / "params.yaml", cell, stage)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda matrix: matrix.update(shared=None), "shared needs the keys"),
+        (lambda matrix: matrix["worlds"]["cifar10"].update(scores={}), "cifar10 needs the keys"),
+        (lambda matrix: matrix["worlds"].update(cifar10=None), "cifar10 needs the keys"),
+        (lambda matrix: matrix.update(detectors={}), "named variants in 'detectors'"),
+        (lambda matrix: matrix.update(detectors={"default": None}), "detector: "),
+    ],
+)
+def test_refuses_a_matrix_with_sections_elsewhere(tmp_path: Path, change, message: str) -> None:
+    matrix = yaml.safe_load((PAPER / "params.yaml").read_text())
+    change(matrix)
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(matrix))
+    with pytest.raises(DefenseError, match=message):
+        read_cell(file, "cifar10/0/badnets", "train")

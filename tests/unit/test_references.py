@@ -1,0 +1,63 @@
+"""What measures by the truth: reference flags, counterfactuals, and drawing affected inputs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from defense.errors import DataError
+from defense.records import Split, Truth
+from pipelines.params import AffectedSettings
+from pipelines.stages.common import blinded
+from pipelines.stages.counterfactual import counterfactuals
+from pipelines.stages.reference import flagged
+from pipelines.stages.train import choose_affected
+
+NOTHING = np.zeros(0, np.int64)
+POISONED = np.array([1, 1, 1, 0, 0, 0, 0, 0], dtype=bool)
+LABELS = np.array([2, 2, 2, 2, 2, 2, 1, 0])
+TRUTH = Truth(POISONED, LABELS, 2, NOTHING, NOTHING.astype(bool))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_reference_flags_are_the_poison_as_many_clean_rows_or_none() -> None:
+    np.testing.assert_array_equal(flagged("truth", TRUTH, generator()), POISONED)
+    chance = flagged("chance", TRUTH, generator())
+    assert chance.sum() == 3
+    assert not (chance & POISONED).any()
+    assert not flagged("nothing", TRUTH, generator()).any()
+
+
+def test_counterfactuals_are_the_sets_they_are_called() -> None:
+    mask = np.array([1, 1, 0, 1, 0, 0, 0, 1], dtype=bool)
+    sets = counterfactuals(mask, TRUTH, LABELS, generator())
+    np.testing.assert_array_equal(np.flatnonzero(sets["found"]), [0, 1])
+    np.testing.assert_array_equal(np.flatnonzero(sets["missed"]), [2])
+    assert sets["any_poison"].sum() == 2
+    assert not (sets["any_poison"] & ~POISONED).any()
+    assert sets["clean"].sum() == 2
+    assert set(np.flatnonzero(sets["clean"])) <= {3, 4, 5}
+
+
+def test_affected_inputs_succeed_unless_others_may_fill_up(split: Split) -> None:
+    probe = replace(split.test, labels=np.ones(len(split.test), dtype=np.int64))
+    predicted = np.zeros(len(probe), dtype=np.int64)
+    predicted[[5, 9, 30]] = 1
+    chosen = choose_affected(probe, predicted, AffectedSettings(count=2), generator())
+    assert set(chosen.ids) <= set(probe.ids[[5, 9, 30]])
+    with pytest.raises(DataError, match="count is 4, but only 3 of 80"):
+        choose_affected(probe, predicted, AffectedSettings(count=4), generator())
+    filled = choose_affected(probe, predicted, AffectedSettings(count=4, fill=True), generator())
+    assert set(probe.ids[[5, 9, 30]]) < set(filled.ids)
+    assert len(filled) == 4
+
+
+def test_methods_do_not_see_file_names(split: Split) -> None:
+    hidden = blinded(split.train)
+    assert len(set(hidden.ids)) == len(hidden)
+    assert not set(hidden.ids) & set(split.train.ids)
+    np.testing.assert_array_equal(hidden.ids, blinded(split.train).ids)
