@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from defense.influence.borders import rotated_windows, worthwhile
 from defense.influence.layers import Shape, Trace, activations, output_gradients
 from defense.influence.products import Workspace, outer_each, packed, product
 
@@ -127,6 +128,7 @@ class Rotation:
     def __init__(self, matrices: Tensor, place: torch.device, dtype: torch.dtype) -> None:
         """Describe products with the same matrices; nothing is copied before the first."""
         self.source, self.place, self.dtype = matrices, place, dtype
+        self.num_offsets = 1
 
     @cached_property
     def matrices(self) -> Tensor:
@@ -142,6 +144,20 @@ class Rotation:
             return flat.view(groups, n, t, -1).transpose(0, 1)
         flat = product(rows.reshape(-1, rows.shape[-1]), self.matrices)
         return flat.view(*rows.shape[:-1], -1)
+
+    @cached_property
+    def offsets(self) -> list[Tensor]:
+        """The matrix of a convolution cut by kernel offset: each ``[r, c]``."""
+        placed = self.source[0].to(self.place, self.dtype)
+        width = placed.shape[1] // self.num_offsets
+        return [packed(part.contiguous()) for part in placed.split(width, dim=1)]
+
+    def windows(self, trace: Trace, space: Workspace) -> Tensor:
+        """Rotate what a convolution's kernel sees, where that is `worthwhile`."""
+        layer = trace.layer
+        assert isinstance(layer, nn.Conv2d)
+        self.num_offsets = layer.weight[0, 0].numel()
+        return rotated_windows(layer, trace.x, self.offsets, self.source.shape[1], space)
 
     def outputs(self, gradient: Tensor) -> Tensor:
         """Rotate the outputs of gradients: ``[n, g, o, i]`` to ``[n, g, r, i]``."""
@@ -273,9 +289,12 @@ def _sides(
     shape = trace.shape
     for group in balanced(len(trace), GROUP // (shape.groups * shape.positions * shape.inputs)):
         part = trace.rows(group)
-        a, s = activations(part, dtype, space), output_gradients(part, dtype)
-        if order.inputs_first:
-            a = basis.inputs(a)
+        if order.inputs_first and dtype == part.x.dtype and worthwhile(part.layer, part.x):
+            a = basis.inputs.windows(part, space)
+        else:
+            a = activations(part, dtype, space)
+            a = basis.inputs(a) if order.inputs_first else a
+        s = output_gradients(part, dtype)
         if order.outputs_first:
             s = basis.outputs(s)
         yield group, a, s

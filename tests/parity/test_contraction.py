@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from defense.influence import contraction, products
+from defense.influence.borders import worthwhile
 from defense.influence.contraction import (
     ORDERS,
     Basis,
     Frame,
     Gramian,
+    Rotation,
     add_squares,
     cheapest,
     cheapest_squares,
@@ -17,7 +19,7 @@ from defense.influence.contraction import (
     tiles,
 )
 from defense.influence.covariance import Autocorrelation, Gram, shifted_size
-from defense.influence.layers import Shape, Trace
+from defense.influence.layers import Shape, Trace, activations
 from defense.influence.products import Workspace
 from tests.parity.layout import per_sample_gradient
 
@@ -177,3 +179,39 @@ def test_the_cost_model_follows_the_shape() -> None:
     assert str(cheapest(Shape(1, 1024, 64, 27))) == "gradient first"
     assert str(cheapest(Shape(1, 256, 128, 1152))) == "outputs first"
     assert str(cheapest_squares(Shape(1, 1, 10, 513))) == "Gramian"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 8), (4, 4), (5, 3)])
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_windows_without_padding_are_rotated_the_same(kind: str, size, stride: int) -> None:
+    torch.manual_seed(0)
+    if kind == "same" and stride > 1:
+        return
+    layer = nn.Conv2d(3, 4, bias=False, stride=stride, **SHIFTED[kind]).double()
+    trace = trace_of(layer, torch.randn(5, 3, *size, dtype=torch.float64))
+    width = trace.shape.inputs
+    rotation = Rotation(
+        torch.randn(1, width, width, dtype=torch.float64), torch.device("cpu"), torch.float64
+    )
+    expected = rotation(activations(trace, torch.float64, Workspace()))
+    torch.testing.assert_close(
+        rotation.windows(trace, Workspace()), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_small_maps_leave_out_the_padding_and_give_the_same_squares(monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 8, 3, padding=1, bias=False)
+    trace = trace_of(layer, torch.randn(6, 16, 4, 4))
+    assert worthwhile(layer, trace.x)
+    assert not worthwhile(layer, torch.randn(6, 16, 8, 8))
+    assert not worthwhile(nn.Conv2d(16, 8, 3, padding=1), trace.x)
+    basis = Basis.of(torch.randn(1, 144, 144), torch.randn(1, 8, 8), trace.x.device, torch.float32)
+    totals = []
+    for inside in (0.75, 0.0):
+        monkeypatch.setattr("defense.influence.borders.INSIDE", inside)
+        total = torch.zeros(1, 8, 144)
+        add_squares(total, trace, basis, ORDERS[0], torch.float32, Workspace())
+        totals.append(total)
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-4, atol=1e-3)
