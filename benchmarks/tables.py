@@ -1,7 +1,7 @@
 """The tables of the Delta-Influence paper from what ``pipelines/paper`` has run.
 
 Run ``python -m benchmarks.tables`` after any part of
-``python -m dvc repro pipelines/paper/dvc.yaml``. It updates benchmarks/results/paper.json, the
+``dvc repro`` in pipelines/paper. It updates benchmarks/results/paper.json, the
 pictures in docs/paper and the tables in docs/paper.md; what has not run is a dash.
 """
 
@@ -17,7 +17,7 @@ from defense.artifacts import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"
-COMMAND = "python -m dvc repro pipelines/paper/dvc.yaml && python -m benchmarks.tables"
+COMMAND = "(cd pipelines/paper && dvc repro) && python -m benchmarks.tables"
 ATTACKS = {"badnets": "BadNet", "smooth": "smooth trigger", "witches_brew": "Witches' Brew"}
 DETECTORS = {
     "spectral_paper": "Spectral Signatures (`paper`)",
