@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import defense
 from benchmarks.ekfac_figures import (
     BATCH_SIZE,
     COMPARED,
@@ -42,11 +44,10 @@ from defense.attacks.badnets import BadNets
 from defense.checkpoints import source_digest
 from defense.compute import seeded, trim_memory
 from defense.datasets.folder import Folder
-from defense.influence import metric
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
-from defense.influence.store import StoreSettings, build_store, probe_rows, query_store
+from defense.influence.store import StoreSettings, build_store, load_store, probe_rows, query_store
 from defense.influence.task import CLASSIFICATION
 from defense.models.assemble import build_model
 from defense.models.resnet import ResNet9, ResNet18
@@ -59,13 +60,13 @@ from defense.training import train
 from defense.victim import make_surrogate
 
 ROOT = Path(__file__).parents[1]
+HOME = Path(defense.__file__).parent
 NETWORKS = {"resnet18": ResNet18(width=64), "resnet9": ResNet9(width=64)}
 NUM_QUERIES = 51
 SMALL_BATCH = 16  # which may suit kronfluence better, as it holds the gradients of a whole batch
 DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
-CODE = hashlib.sha256(
-    source_digest(Path(metric.__file__).parent, Path(__file__).parent)
-).hexdigest()[:12]  # results of other code are not used
+SOURCES = source_digest(HOME, HOME / "influence", Path(__file__).parent)
+CODE = hashlib.sha256(SOURCES).hexdigest()[:12]  # results of other code are not used
 RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
 
 
@@ -213,7 +214,14 @@ def measure_store(problem: Problem, folder: Path) -> dict[str, Any]:
     np.save(folder / "store.npy", query_store(store, sketcher, problem.queries))
     facts = {"build": built, "query": single, "bytes_per_row": store.rows[0].nbytes,
              "shared_mib": (store.components.nbytes + store.kept.nbytes) / 2**20}  # fmt: skip
+    store.save(folder / "saved")
     del store, sketcher
+    begin = time.perf_counter()
+    kept = load_store(folder / "saved")
+    query_store(kept, kept.sketcher(problem.model, factors), one)
+    facts["open_and_query"] = time.perf_counter() - begin
+    del kept
+    shutil.rmtree(folder / "saved")
     half = settings.model_copy(update={"probe": len(rows) // 2})
     store = build_store(problem.model, factors, rows, half)
     cosines = query_store(store, store.sketcher(problem.model, factors), problem.queries)

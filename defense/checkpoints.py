@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import math
+import mmap
 import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from torch import nn
 from defense.records import ImageSet
 
 CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one step
+SHORT_SAVE = 2.0  # seconds up to which a save is not worth waiting longer for
+LONGEST_WAIT = 3.0  # times CHECKPOINT_SECONDS
 CHUNK_BYTES = 2**24  # pixels that are digested at a time
-PLAIN = (bool, int, float, str, tuple, type(None))
+PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass
@@ -32,13 +36,21 @@ class Checkpoint:
     """
 
     path: Path | None
-    saved: float = 0.0
+    saved: float = -math.inf
+    took: float = 0.0
 
     @classmethod
-    def at(cls, scratch: Path | None, *parts: bytes) -> "Checkpoint":
-        """Name the checkpoint of one computation; without a scratch folder nothing is kept."""
+    def at(cls, scratch: Path | None, parts: Iterable[bytes]) -> "Checkpoint":
+        """Name the checkpoint of one computation.
+
+        Args:
+            scratch: Its folder; None keeps nothing.
+            parts: Everything that determines the computation; not looked at if nothing is kept.
+        """
+        if scratch is None:
+            return cls(None)
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-        return cls(scratch / f"{key}.pt" if scratch else None, time.monotonic())
+        return cls(scratch / f"{key}.pt")
 
     def load(self) -> dict[str, Any] | None:
         """Return the saved state; a damaged file is deleted with a warning."""
@@ -55,18 +67,21 @@ class Checkpoint:
             return None
 
     def due(self) -> bool:
-        """Tell whether the last save is long enough ago."""
-        return self.path is not None and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        """Tell whether the last save is long enough ago, for what it took."""
+        wait = CHECKPOINT_SECONDS * min(max(1.0, self.took / SHORT_SAVE), LONGEST_WAIT)
+        return self.path is not None and time.monotonic() - self.saved >= wait
 
     def save(self, state: dict[str, Any]) -> None:
         """Save the state if it is time to."""
         if self.path is None or not self.due():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.path)
         self.saved = time.monotonic()
+        self.took = self.saved - begin
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Map an array that grows on disk beside the state, or in an unnamed temporary file.
@@ -85,6 +100,15 @@ class Checkpoint:
         return np.memmap(file_path, dtype=dtype, mode="r+", shape=shape)
 
 
+def release(array: NDArray[Any]) -> None:
+    """Let what was written to a mapped array leave main memory; it is still on disk."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def _require_sound(path: Path) -> None:
     """Compare the bytes of a saved state with their checksums, which torch does not."""
     with zipfile.ZipFile(path) as file:
@@ -93,35 +117,65 @@ def _require_sound(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
-def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
-    """Digest a model's structure, code and weights, and every pixel and label of a set."""
+def digest_of_model(model: nn.Module) -> bytes:
+    """Digest a model's structure, code and weights."""
     digest = hashlib.sha256(_structure(model))
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    digest.update(np.ascontiguousarray(images.labels).data)
+    return digest.digest()
+
+
+def digest_of_images(images: ImageSet) -> bytes:
+    """Digest every pixel and label of a set."""
+    digest = hashlib.sha256(np.ascontiguousarray(images.labels).data)
     rows = max(1, CHUNK_BYTES // math.prod(images.shape))
     for start in range(0, len(images), rows):
         digest.update(images.uint8(slice(start, start + rows)).data)
     return digest.digest()
 
 
+def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
+    """Digest a model, and every pixel and label of a set."""
+    return digest_of_model(model) + digest_of_images(images)
+
+
 def _structure(model: nn.Module) -> bytes:
-    """Describe every module: its class, its plain attributes, and its source unless torch's."""
+    """Describe every module: its class with its source, and its own attributes."""
+    usual = vars(nn.Module()).keys()
     facts, sources = [], {}
     for name, module in model.named_modules():
         kind = type(module)
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
-        facts.append((name, kind.__module__, kind.__qualname__, sorted(plain.items())))
-        if not kind.__module__.startswith("torch."):
-            sources[kind.__qualname__] = _source(kind)
+        own = {key: _told(value) for key, value in vars(module).items() if key not in usual}
+        facts.append((name, kind.__module__, kind.__qualname__, sorted(own.items())))
+        sources[kind.__qualname__] = source_of(kind)
     return repr((facts, sorted(sources.items()))).encode()
 
 
-def _source(kind: type) -> str:
+def _told(value: Any) -> str:
+    """Tell what an attribute does to a forward pass, without addresses of this process."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, dict):
+        return repr([(_told(key), _told(entry)) for key, entry in value.items()])
+    if isinstance(value, list | tuple):
+        return repr([_told(entry) for entry in value])
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__} {_source(value)}"
+    return type(value).__qualname__
+
+
+def source_of(kind: type) -> str:
+    """Return the source of a class and of those it is made from, down to torch's and Python's."""
+    libraries = {"torch", "builtins", "abc"}
+    own = [each for each in kind.__mro__ if each.__module__.split(".")[0] not in libraries]
+    return "\n".join(map(_source, own))
+
+
+def _source(thing: Any) -> str:
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # defined where no file is left, such as a prompt
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # compiled, or defined where no file is left, such as a prompt
         return ""
 
 

@@ -109,12 +109,22 @@ def trim_memory() -> None:
         trim(0)
 
 
-def repeatable() -> AbstractContextManager[None]:
-    """Keep convolutions on CUDA in full float32, and their sums in one order."""
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Keep products in the precision they are asked for, and sums on CUDA in one order."""
+    products, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    reduced = products.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    products.allow_bf16_reduced_precision_reduction = False
     flags = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
-    return cast(AbstractContextManager[None], flags)
+    try:
+        with cast(AbstractContextManager[None], flags):
+            yield
+    finally:
+        products.allow_bf16_reduced_precision_reduction = reduced
+        torch.set_float32_matmul_precision(precision)
 
 
 def has_bf16(place: torch.device) -> bool:

@@ -217,6 +217,7 @@ class Factors:
     Attributes:
         layers: Factors by layer name, in the order the layers run.
         num_examples: Training rows they stand for.
+        model: Digest of the model they were fitted on.
         coverage: Which parameters the layers hold.
         tier: ``exact`` or ``fast``.
         num_differentiated: Rows whose gradients were taken; those of the others are negligible.
@@ -226,6 +227,7 @@ class Factors:
 
     layers: dict[str, LayerFactors]
     num_examples: int
+    model: str
     coverage: Coverage
     tier: Tier
     num_differentiated: int

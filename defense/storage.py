@@ -150,6 +150,7 @@ def save_factors(path: Path, factors: Factors, *, inputs: Inputs) -> str:
     meta = {
         "layers": list(factors.layers),
         "num_examples": factors.num_examples,
+        "model": factors.model,
         "coverage": factors.coverage.share,
         "without_factors": factors.coverage.left_out,
         "tier": factors.tier,
@@ -173,6 +174,7 @@ def load_factors(path: Path) -> tuple[Factors, Manifest]:
     facts = Factors(
         layers,
         manifest.fact("num_examples"),
+        manifest.fact("model"),
         Coverage(manifest.fact("coverage"), manifest.fact("without_factors")),
         manifest.fact("tier"),
         manifest.fact("num_differentiated"),

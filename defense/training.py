@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from defense.checkpoints import Checkpoint, fingerprint
+from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model
 from defense.compute import device, has_bf16, progress, repeatable
 from defense.errors import DataError, NumericalError
 from defense.phases import Phase
@@ -173,15 +173,16 @@ def train(
         if len(phase.images) < 2:
             raise DataError(f"expected at least 2 rows to {label} on, got {len(phase.images)}")
     stepper = Stepper(model, recipe, frozen)
-    checkpoint = Checkpoint.at(
-        scratch,
+    parts = (
         recipe.model_dump_json().encode(),
         repr([(phase.epochs, phase.name, phase.batch_size) for phase in phases]).encode(),
-        *(fingerprint(model, phase.images) for phase in phases),
+        digest_of_model(model),
+        *(digest_of_images(phase.images) for phase in phases),
         repr(sorted(frozen)).encode(),
         str(VERSION).encode(),
         generator.get_state().numpy().tobytes(),
     )
+    checkpoint = Checkpoint.at(scratch, parts)
     _epochs(stepper, phases, generator, checkpoint, label)
     trained = copy.deepcopy(model).cpu()
     trained.load_state_dict(stepper.weights())

@@ -50,6 +50,8 @@ def kind(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(kind(part) for part in arguments)
+    if origin is tuple:
+        return f"list of {kind(arguments[0])}"
     if annotation is type(None):
         return "null"
     names = {int: "integer", float: "number", str: "text", bool: "true or false"}

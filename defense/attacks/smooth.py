@@ -63,11 +63,8 @@ class Smooth(TriggerAttack):
         chosen = train.take(np.sort(rows))
         model = surrogate.model()
         target = train.class_index(self.target_class, role="attack.target_class")
-        checkpoint = Checkpoint.at(
-            surrogate.scratch,
-            f"{VERSION} {self.model_dump_json()}".encode(),
-            fingerprint(model, chosen),
-        )
+        key = f"{VERSION} {self.model_dump_json()}".encode(), fingerprint(model, chosen)
+        checkpoint = Checkpoint.at(surrogate.scratch, key)
         with frozen(model), repeatable():
             pattern, fooled = self._fit(model, chosen.images().to(device()), target, checkpoint)
         logger.info("smooth trigger: changes %.0f %% of a clean model's labels", 100 * fooled)

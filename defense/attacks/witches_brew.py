@@ -117,7 +117,7 @@ class WitchesBrew(Attack):
         """Optimise the change of every poisoned row: float32 ``[p, c, h, w]`` in [-1, 1]."""
         key = fingerprint(model, poison), victim.uint8().tobytes()
         settings = f"{VERSION} {seed} {self.model_dump_json()}".encode()
-        checkpoint = Checkpoint.at(surrogate.scratch, settings, *key)
+        checkpoint = Checkpoint.at(surrogate.scratch, [settings, *key])
         with frozen(model), repeatable():
             model.requires_grad_(True)
             aim = parameter_gradient(model, victim.images(), poison.targets()[:1])

@@ -341,4 +341,4 @@ def _add_pairs(
         a, s = a.to(total.dtype), s.to(total.dtype)
         left = (s[:, :, first] * s[:, :, second] * weight).transpose(0, 1).flatten(1, 2)
         right = (a[:, :, first] * a[:, :, second]).transpose(0, 1).flatten(1, 2)
-        total.add_(left.transpose(1, 2) @ right)
+        total.add_((left.transpose(1, 2) @ right).clamp_min_(0))  # squares, but for rounding

@@ -14,6 +14,7 @@ LEADING = 32  # eigenvectors that are found before the others
 ITERATIONS = 10  # of the subspace they are found in
 RESIDUAL = 1e-5  # of a leading eigenvector, relative to the largest eigenvalue
 LEVEL = 1.5  # times the smallest leading eigenvalue, to which the others are brought
+FAILURES = (RuntimeError, ValueError, np.linalg.LinAlgError)  # of CUDA, scipy, numpy
 PROBES = 8  # random vectors that is tried on
 
 
@@ -39,8 +40,8 @@ def eigenvectors(name: str, side: str, matrix: Tensor) -> Tensor:
     """
     if not matrix.isfinite().all():
         raise NumericalError(
-            f"the {side} covariance of layer {name} is not finite; "
-            "the model's weights or activations overflow: train it again"
+            f"the {side} covariance of layer {name} is not finite: the model's weights or "
+            f"activations overflow; add '{name}' to factors.exclude to leave it out"
         )
     kept = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
     parts = [_solve(name, side, (part + part.T) / 2) for part in matrix]
@@ -54,10 +55,15 @@ def _solve(name: str, side: str, matrix: Tensor) -> Tensor:
             return vectors
     try:
         return _decompose(matrix.double())
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        if matrix.device.type != "cpu":  # whose solver may fail where LAPACK does not
+            return _solve(name, side, matrix.cpu()).to(matrix.device)
         raise NumericalError(
-            f"the eigendecomposition of the {side} covariance of layer {name} failed ({error}); "
-            "fit the factors on more rows"
+            f"the eigendecomposition of the {side} covariance of layer {name} ({len(matrix)} "
+            f"wide) failed ({error}); fit the factors on more rows, or add '{name}' to "
+            "factors.exclude to leave it out"
         ) from error
 
 
@@ -72,7 +78,9 @@ def _single(matrix: Tensor) -> Tensor | None:
     try:
         deflated = matrix - product(lower, leading) if len(values) else matrix.clone()
         rows = _decompose(deflated).T  # as they lie in memory
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES:
         return None
     if len(values):
         rest = rows[: -len(values)]  # the last ones span the leading ones

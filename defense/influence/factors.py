@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.checkpoints import Checkpoint, fingerprint
+from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model
 from defense.compute import batches, progress, timed
-from defense.errors import NumericalError
+from defense.errors import DataError, NumericalError
 from defense.influence.contraction import Basis, add_squares, cheapest_squares
 from defense.influence.covariance import Autocorrelation, Covariance, Gram, shifted_size
 from defense.influence.eigen import eigenvectors
@@ -37,9 +37,9 @@ class FactorSettings(Method):
 
     Attributes:
         tier: ``exact`` uses every row for everything, in float32. ``fast`` takes the rows whose
-            labels surprise the model most, until the others would change the factors by less
-            than `tolerance`, and multiplies in bfloat16, where the hardware does and the result
-            bears it.
+            labels surprise the model most, until the others hold less than `tolerance` of the
+            squared loss gradients, and multiplies in bfloat16, where the hardware does and the
+            result bears it.
         tolerance: Share of the squared loss gradients, with respect to the model's outputs,
             that the rows left out by ``fast`` may hold.
         batch_size: Rows per step at most; bounds the memory, does not change the result.
@@ -85,31 +85,28 @@ def fit_factors(
         Factors on the CPU, float32.
 
     Raises:
+        DataError: There are no rows.
         UnsupportedLayerError: The model has a layer that cannot be treated.
         NumericalError: A layer's covariance is not finite, cannot be decomposed, or its
             Lambda is zero or not finite.
         DefenseError: The memory limit is too small.
     """
+    if not len(images):
+        raise DataError("expected rows to fit the factors on, got none")
     network = Network(model, settings.exclude)
     memory = Memory(settings.batch_size, settings.memory_limit)
     forecast = forecast_factors(network, images, settings.tier, memory)
     logger.info("%s", forecast)
     draws = torch.rand(len(images), generator=generator)
-    checkpoint = Checkpoint.at(
-        scratch,
-        fingerprint(model, images),
-        settings.model_dump_json().encode(),
-        task.digest(),
-        provenance(network.place),
-        draws.numpy().tobytes(),
-    )
+    origin = digest_of_model(model)
     fit = _Fit(model, network, images, settings, draws, task, forecast.batch_size)
-    fit.resume(checkpoint)
+    fit.resume(Checkpoint.at(scratch, fit.key(origin)))
     layers = fit.run()
     covered = coverage(model, layers)
     return Factors(
         layers,
         len(images),
+        origin.hex(),
         covered,
         settings.tier,
         len(fit.rows),
@@ -140,9 +137,19 @@ class _Fit:
         self.rows = np.arange(len(images))
         self.left_out = 0.0
         self.mass = torch.zeros(len(images), dtype=torch.float64)
+        self.drawn: Tensor | None = None  # targets of the pass that weighed the rows
         self.sums: dict[str, Covariance] = {}
         self.bases: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+
+    def key(self, origin: bytes) -> Iterable[bytes]:
+        """Yield everything the result depends on, given the digest of the model."""
+        yield origin
+        yield digest_of_images(self.images)
+        yield self.settings.model_dump_json().encode()
+        yield self.task.digest()
+        yield provenance(self.network.place)
+        yield self.draws.numpy().tobytes()
 
     def run(self) -> dict[str, LayerFactors]:
         """Run what the checkpoint does not hold yet."""
@@ -173,7 +180,7 @@ class _Fit:
         if state is not None:
             place = self.network.place
             self.batch_size = state["batch_size"]
-            self.done, self.mass = state["done"], state["mass"]
+            self.done, self.mass, self.drawn = state["done"], state["mass"], state["drawn"]
             for key, parts in state["covariances"].items():
                 self.sums[key] = self.covariance(key, state["sizes"][key])
                 self.sums[key].parts = _placed(parts, place)
@@ -187,6 +194,7 @@ class _Fit:
                 "batch_size": self.batch_size,
                 "done": self.done,
                 "mass": self.mass,
+                "drawn": self.drawn,
                 "covariances": {key: sums.parts for key, sums in self.sums.items()},
                 "sizes": {key: sums.size for key, sums in self.sums.items()},
                 "bases": self.bases,
@@ -206,9 +214,19 @@ class _Fit:
         """Run a batch: outputs, and gradients of the loss the Fisher matrix is made of."""
         outputs, targets = network.rows(self.images, rows)
         if self.settings.fisher == "sampled":
-            draws = self.draws[torch.from_numpy(rows)].to(outputs.device)
-            targets = self.task.sample(outputs.detach(), draws)
+            targets = self.targets(outputs.detach(), torch.from_numpy(rows))
         return outputs, cotangents(self.task.loss, outputs, targets)
+
+    def targets(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Draw the targets of some rows; those a row was weighed by stay as they are."""
+        if self.drawn is not None and self.done.get("activations") == len(self.images):
+            return self.drawn[rows].to(outputs.device)
+        targets = self.task.sample(outputs, self.draws[rows].to(outputs.device))
+        if self.settings.tier == "fast":
+            if self.drawn is None:
+                self.drawn = targets.new_zeros(len(self.images), *targets.shape[1:], device="cpu")
+            self.drawn[rows] = targets.cpu()
+        return targets
 
     def covariance(self, key: str, size: tuple[int, int] | None) -> Covariance:
         """Start the sum of one side of a layer, shifting inputs of a size or copying patches."""
@@ -299,8 +317,8 @@ class _Fit:
         if not 0 < float(total.sum()) < math.inf:
             raise NumericalError(
                 f"expected a positive, finite Lambda for layer {name}, got a sum of "
-                f"{float(total.sum())}; the layer is dead or the model is saturated: "
-                "train it again"
+                f"{float(total.sum())}: the layer is dead, or the model is certain of every "
+                f"label; add '{name}' to factors.exclude, or set factors.fisher: empirical"
             )
         return total / len(self.images)
 

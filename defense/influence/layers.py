@@ -31,8 +31,8 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
 
     Raises:
         UnsupportedLayerError: There is none, two of them share a weight, or a module holds
-            parameters that are neither those of a linear layer, a convolution or a
-            normalisation, nor excluded.
+            parameters that are neither those of a plain linear layer, a plain convolution or
+            a normalisation, nor excluded.
     """
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
@@ -44,6 +44,7 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
                 "gradient depends on its batch; train it with track_running_stats=True"
             )
         if isinstance(module, Layer):
+            _require_plain(name, module)
             layers[name] = module
         elif list(module.parameters(recurse=False)) and not isinstance(module, NORMALISATIONS):
             raise UnsupportedLayerError(
@@ -58,6 +59,19 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
         )
     _require_own_weights(layers)
     return layers
+
+
+def _require_plain(name: str, layer: Layer) -> None:
+    """Refuse a layer whose gradient is not the outer product of its input and output gradient."""
+    kind, used = type(layer), nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    methods = [method for method in ("forward", "_conv_forward") if hasattr(used, method)]
+    same = all(getattr(kind, method) is getattr(used, method) for method in methods)
+    if not same or not isinstance(layer.weight, nn.Parameter):
+        raise UnsupportedLayerError(
+            f"{name} ({kind.__name__}) changes its weight or its input on the way (such as "
+            "weight normalisation, or padding in forward), so that its gradient is not that of "
+            f"a plain {used.__name__}; add '{name}' to factors.exclude to leave it out"
+        )
 
 
 def _require_own_weights(layers: dict[str, Layer]) -> None:

@@ -60,7 +60,8 @@ class Metric:
         if not 1 / torch.finfo(self.wide).max < smallest < math.inf:
             raise NumericalError(
                 f"expected eigenvalues of layer {name} whose damped inverse is finite, got a mean "
-                f"of {mean}: the model is saturated, train it again or raise the damping"
+                f"of {mean}: the model is certain of nearly every label; raise the damping, or "
+                f"add '{name}' to factors.exclude"
             )
         return mean
 

@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import scipy
 import torch
 from torch import Tensor
 
-from defense import compute
+from defense import compute, records
 from defense.checkpoints import source_digest
 from defense.compute import has_bf16
 
@@ -15,7 +17,7 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )  # on CPUs its fp32 kernel can be twice as fast as the BLAS behind torch.matmul
 
-CODE = source_digest(Path(__file__).parent, Path(compute.__file__))
+CODE = source_digest(Path(__file__).parent, Path(compute.__file__), Path(records.__file__))
 
 PACKED = (torch.float32, torch.bfloat16)
 WIDE = 128  # columns from which `product` sums outer products faster than the BLAS does
@@ -28,8 +30,9 @@ def heavy_dtype(place: torch.device) -> torch.dtype:
 
 
 def provenance(place: torch.device) -> bytes:
-    """Name what a result depends on beside its inputs: code, kind of device, heavy precision."""
-    return CODE + f"{place.type} {heavy_dtype(place)}".encode()
+    """Name what a result depends on beside its inputs: code, libraries, device, precision."""
+    versions = torch.__version__, np.__version__, scipy.__version__
+    return CODE + f"{versions} {place.type} {heavy_dtype(place)}".encode()
 
 
 def packed(right: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.checkpoints import Checkpoint, fingerprint
+from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model, release
 from defense.compute import batches, timed, trim_memory
 from defense.errors import ArtifactError, DataError
 from defense.influence.contraction import balanced
@@ -26,6 +27,8 @@ from defense.method import Method
 from defense.records import Factors, ImageSet, Queries
 
 logger = logging.getLogger(__name__)
+
+RELEASE = 64  # steps after which written parts of a matrix on disk leave main memory
 
 Reals = NDArray[np.floating[Any]]  # float32; float64 if the model is
 
@@ -65,20 +68,29 @@ class Influence:
         """Return the influence of the rows' losses: ``[d, q, n]``.
 
         It is ``-grad measure(q)^T H^-1 grad loss(n)``, positive if training on row n raises
-        the measurement of query q.
+        the measurement of query q. It lies on disk, like the margins.
         """
-        return self.margin * self.loss_scale
+        return _filled(self.margin, np.arange(self.margin.shape[1]), self.loss_scale)
 
     def relative(self) -> Reals:
         """Influence over the root of the row's own (RelatIF, Barshan et al. 2020).
 
         Of margin gradients; of loss gradients it is the same wherever ``loss_scale`` has not
         underflowed.
+
+        Raises:
+            DataError: Self-influence was not asked for.
         """
+        if np.isnan(self.self_influence).any():
+            raise DataError("expected self-influence of every row: pass self_influence=True")
         return self.margin / np.sqrt(self.self_influence)[:, None]
 
     def cosine(self) -> Reals:
-        """Cosine of query and row in the metric of ``H^-1``: ``[d, q, n]`` in [-1, 1]."""
+        """Cosine of query and row in the metric of ``H^-1``: ``[d, q, n]`` in [-1, 1].
+
+        Raises:
+            DataError: Self-influence was not asked for.
+        """
         return self.relative() / np.sqrt(self.query_norm)[:, :, None]
 
 
@@ -157,38 +169,54 @@ def compute_influence(
             f"expected rows to score and queries, got {len(images)} and {len(queries.labels)}"
         )
     network = Network(model, factors.excluded)
-    _require_same_layers(factors, network)
+    require_own_factors(factors, model)
     used = dampings or (settings.damping,)
+
+    def key() -> Iterator[bytes]:
+        yield from (bytes.fromhex(factors.model), digest_of_images(images))
+        yield from (digest_of_factors(factors), digest_of_queries(queries))
+        yield settings.model_dump_json().encode()
+        yield f"{used} {self_influence}".encode()
+        yield from (task.digest(), provenance(network.place))
+
     metric = Metric(factors, used, network.place, network.dtype)
     unique, back = _distinct(queries)
     memory = Memory(settings.batch_size, settings.memory_limit)
     held = QueryLoad(len(unique), len(used), metric.dtype.itemsize, self_influence)
     forecast = forecast_scores(network, images, held, memory)
     logger.info("%s", forecast)
-    checkpoint = Checkpoint.at(
-        scratch,
-        fingerprint(model, images),
-        digest_of_factors(factors),
-        digest_of_queries(queries),
-        settings.model_dump_json().encode(),
-        f"{used} {self_influence}".encode(),
-        task.digest(),
-        provenance(network.place),
-    )
+    checkpoint = Checkpoint.at(scratch, key())
     scorer = _Scorer(network, metric, task, images, len(unique), forecast, norms=self_influence)
     margin, norms = scorer.run(queries.images[unique], queries.labels[unique], checkpoint)
     if len(unique) < len(back):
-        margin = margin[:, back]
+        margin = _filled(margin, back)
     return Influence(margin, scorer.scale, scorer.own, norms[:, back])
 
 
-def _require_same_layers(factors: Factors, network: Network) -> None:
-    missing = factors.layers.keys() - network.layers.keys()
-    if missing:
+def require_own_factors(factors: Factors, model: nn.Module) -> None:
+    """Refuse factors that were fitted on another model.
+
+    Raises:
+        ArtifactError: They were.
+    """
+    if factors.model != digest_of_model(model).hex():
         raise ArtifactError(
-            f"the factors describe layers the model does not have: {', '.join(sorted(missing))}; "
-            "run: dvc repro factors"
+            "the factors were fitted on another model (its weights, structure or code differ): "
+            "fit them again; in a pipeline run: dvc repro factors"
         )
+
+
+def _filled(margin: Reals, queries: NDArray[np.int64], scale: Reals | None = None) -> NDArray[Any]:
+    """Copy some queries of ``[d, q, n]``, scaled by row if asked, from disk to disk."""
+    size = len(margin), len(queries), margin.shape[2]
+    result = Checkpoint(None).array(size, margin.dtype)
+    for place, query in enumerate(queries):
+        row = margin[:, query]
+        result[:, place] = row if scale is None else row * scale
+        if place % RELEASE == 0:
+            release(result)
+    result.setflags(write=False)
+    return result
 
 
 def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
@@ -302,6 +330,8 @@ class _Scorer:
             cotangent = cotangents(self.task.measure, outputs, targets)
             self.network.backward(outputs, cotangent, visit)
             margin[:, :, rows] = block.view(*margin.shape[:2], -1).cpu().numpy()
+            if int(rows[0]) // self.batch_size % RELEASE == 0:
+                release(margin)
             if norms_wanted:
                 self.own[:, rows] = norms.cpu().numpy()
             self._save(checkpoint, margin, number, int(rows[-1]) + 1)

@@ -14,7 +14,8 @@ from defense.influence.contraction import cheapest, gradients
 from defense.influence.layers import Trace, Visit
 from defense.influence.metric import Metric
 from defense.influence.network import Network
-from defense.influence.scores import digest_of_factors
+from defense.influence.products import provenance
+from defense.influence.scores import digest_of_factors, require_own_factors
 from defense.influence.task import Task, cotangents
 from defense.records import Factors, ImageSet
 
@@ -32,7 +33,7 @@ class Sketcher:
 
     Attributes:
         kept: Numbers of the coordinates in use, ascending, counted through all layers.
-        origin: Digest of the model, the factors, the damping, the seed and the task.
+        origin: Digest of the model, the factors, the damping, the seed, the task and the code.
     """
 
     def __init__(
@@ -47,11 +48,15 @@ class Sketcher:
             size: Numbers of a sketch, `m`; no more than there are coordinates are used.
             seed: Of the signs; the same seed draws the same.
             task: Whose measure is differentiated.
+
+        Raises:
+            ArtifactError: The factors belong to another model.
         """
+        require_own_factors(factors, model)
         self.network = Network(model, factors.excluded)
         self.metric = Metric(factors, (damping,), self.network.place, self.network.dtype)
         self.task, self.seed = task, seed
-        self.origin = _origin(model, factors, f"{damping} {seed}".encode() + task.digest())
+        self.origin = self._origin(factors, damping)
         self.weights = {
             name: self.metric.weight(name, damping).flatten() for name in factors.layers
         }
@@ -131,13 +136,16 @@ class Sketcher:
                 total[part, place : place + piece.shape[1]] += piece
                 done, place = done + piece.shape[1], 0
 
+    def _origin(self, factors: Factors, damping: float) -> str:
+        parts = (
+            bytes.fromhex(factors.model),
+            digest_of_factors(factors),
+            f"{damping} {self.seed}".encode(),
+            self.task.digest(),
+            provenance(self.network.place),
+        )
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
 
 def _inverse(norms: Tensor) -> Tensor:
     return 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def _origin(model: nn.Module, factors: Factors, rest: bytes) -> str:
-    weights = hashlib.sha256(digest_of_factors(factors) + rest)
-    for name, value in sorted(model.state_dict().items()):
-        weights.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
-    return weights.hexdigest()

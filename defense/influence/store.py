@@ -7,6 +7,7 @@ own gradient and two products, and any row-by-row matrix costs one.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.artifacts import open_artifact, write_artifact
-from defense.checkpoints import Checkpoint, fingerprint
+from defense.checkpoints import Checkpoint, digest_of_images
 from defense.compute import batches, progress, seeded
 from defense.errors import ArtifactError, DataError
-from defense.influence.products import product, provenance
-from defense.influence.scores import digest_of_factors
+from defense.influence.products import product
 from defense.influence.sketch import Sketcher
 from defense.influence.task import CLASSIFICATION, Task
 from defense.method import Method
@@ -30,6 +30,7 @@ from defense.records import Factors, ImageSet, Queries
 from defense.storage import array, read_array
 
 COLUMNS = 2**13  # columns of the sketches that are treated together
+GATHER = 4  # batches that are brought to components together
 TRIAL = 128  # rows on which the strongest coordinates are found
 
 
@@ -68,6 +69,7 @@ class RowStore:
         kept: Numbers of the coordinates the sketches are made of; see `Sketcher`.
         settings: How it was made.
         origin: See `Sketcher`.
+        images: Digest of the rows' pixels and labels.
     """
 
     rows: NDArray[np.float16]
@@ -76,18 +78,19 @@ class RowStore:
     kept: NDArray[np.int64]
     settings: StoreSettings
     origin: str
+    images: str
 
     def sketcher(self, model: nn.Module, factors: Factors, task: Task = CLASSIFICATION) -> Sketcher:
         """Prepare to sketch queries for this store; it may serve many calls.
 
         Raises:
-            ArtifactError: The store is of another model, other factors or another task.
+            ArtifactError: The store is of another model, factors, task or version of the code.
         """
         sketcher = self.settings.sketcher(model, factors, task)
         if sketcher.origin != self.origin:
             raise ArtifactError(
-                "the row store was made of another model, other factors or another task: "
-                "build it again"
+                "the row store was made of another model, other factors, another task or by "
+                "other code: build it again"
             )
         sketcher.keep(self.kept)
         return sketcher
@@ -114,6 +117,7 @@ class RowStore:
         names = "rows", "self_influence", "components", "kept"
         files = {f"{name}.npy": array(getattr(self, name)) for name in names}
         meta = {"settings": self.settings.model_dump(mode="json"), "origin": self.origin}
+        meta["images"] = self.images
         return write_artifact(path, "row_store", files, meta=meta, inputs=inputs)
 
 
@@ -138,6 +142,7 @@ def load_store(path: Path) -> RowStore:
         read_array(path / "kept.npy"),
         StoreSettings(**manifest.fact("settings")),
         manifest.fact("origin"),
+        manifest.fact("images"),
     )
 
 
@@ -152,42 +157,37 @@ def build_store(
 ) -> RowStore:
     """Write the normalised direction of every row in one pass.
 
+    A killed build continues, losing at most a minute.
+
     Args:
         model: The model the factors were fitted on.
         factors: EK-FAC factors.
         images: The rows.
         settings: How much is kept.
         task: Whose measure is differentiated.
-        scratch: Folder for the checkpoint that lets a killed pass over the probe rows continue,
-            to be deleted when the store is saved.
+        scratch: Folder for the checkpoints that let a killed build continue, to be deleted when
+            the store is saved.
 
     Raises:
         DataError: There are no rows.
+        ArtifactError: The factors belong to another model.
     """
     if not len(images):
         raise DataError("expected rows to store, got none")
     sketcher = settings.sketcher(model, factors, task)
     probe = probe_rows(len(images), settings)
-    rest = np.delete(np.arange(len(images)), probe)
     trial = images.where(np.isin(np.arange(len(images)), probe[:TRIAL]))
     sketcher.keep(sketcher.strongest(trial, settings.batch_size))
-    checkpoint = Checkpoint.at(
-        scratch,
-        fingerprint(model, images),
-        digest_of_factors(factors),
-        settings.model_dump_json().encode(),
-        task.digest(),
-        provenance(sketcher.network.place),
-    )
-    known, norms = _probe(sketcher, images, probe, settings.batch_size, checkpoint)
-    vectors, components = _principal(known, min(settings.components, len(probe)))
+    data = digest_of_images(images)
+    key = data, settings.model_dump_json().encode(), bytes.fromhex(sketcher.origin)
+    steps = [Checkpoint.at(scratch, [*key, step]) for step in (b"probe", b"components", b"rows")]
+    known, norms = _probe(sketcher, images.take(probe), settings.batch_size, steps[0])
+    vectors, components = _principal(known, min(settings.components, len(probe)), steps[1])
+    rows = steps[2].array((len(images), vectors.shape[1]), np.dtype(np.float16))
     own = np.empty(len(images), dtype=np.float32)
-    rows = Checkpoint(None).array((len(images), vectors.shape[1]), np.dtype(np.float16))
     rows[probe], own[probe] = vectors, norms
-    store = RowStore(rows, own, components, sketcher.kept, settings, sketcher.origin)
-    for places in batches(len(rest), settings.batch_size, label="row store"):
-        sketches, found = _sketch(sketcher, images, rest[places])
-        rows[rest[places]], own[rest[places]] = store.vectors(sketches).numpy(), found
+    store = RowStore(rows, own, components, sketcher.kept, settings, sketcher.origin, data.hex())
+    _others(store, sketcher, images, probe, steps[2])
     return store
 
 
@@ -197,53 +197,80 @@ def probe_rows(count: int, settings: StoreSettings) -> NDArray[np.int64]:
     return order[: settings.probe]
 
 
-def _sketch(
-    sketcher: Sketcher, images: ImageSet, rows: NDArray[np.int64]
-) -> tuple[Tensor, NDArray[np.float32]]:
-    sketches, norms = sketcher.sketches(images.images(rows), images.targets(rows))
-    return sketches.cpu(), norms.cpu().numpy()
-
-
 def _probe(
-    sketcher: Sketcher,
-    images: ImageSet,
-    probe: NDArray[np.int64],
-    batch_size: int,
-    checkpoint: Checkpoint,
+    sketcher: Sketcher, images: ImageSet, batch_size: int, checkpoint: Checkpoint
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Sketch the probe rows: ``[p, sketch]``, on disk, and their squared norms ``[p]``."""
-    known: Any = checkpoint.array((len(probe), sketcher.size), np.dtype(np.float16))
-    state = checkpoint.load() or {"row": 0, "norms": torch.zeros(len(probe))}
+    known: Any = checkpoint.array((len(images), sketcher.size), np.dtype(np.float16))
+    state = checkpoint.load() or {"row": 0, "norms": torch.zeros(len(images))}
     norms = state["norms"].numpy()
-    for places in batches(len(probe), batch_size, label="probe rows", first=state["row"]):
-        sketches, norms[places] = _sketch(sketcher, images, probe[places])
-        known[places] = sketches.half().numpy()
+    for rows in batches(len(images), batch_size, label="probe rows", first=state["row"]):
+        sketches, found = sketcher.sketches(images.images(rows), images.targets(rows))
+        known[rows], norms[rows] = sketches.half().cpu().numpy(), found.cpu().numpy()
         if checkpoint.due():
             known.flush()
-            checkpoint.save({"row": int(places[-1]) + 1, "norms": torch.from_numpy(norms)})
+            checkpoint.save({"row": int(rows[-1]) + 1, "norms": torch.from_numpy(norms)})
     return known, norms
 
 
+def _others(
+    store: RowStore,
+    sketcher: Sketcher,
+    images: ImageSet,
+    probe: NDArray[np.int64],
+    checkpoint: Checkpoint,
+) -> None:
+    """Store the rows that are not probe rows."""
+    rest, size = np.delete(np.arange(len(images)), probe), store.settings.batch_size
+    stored: Any = store.rows
+    state = checkpoint.load() or {"row": 0, "norms": torch.from_numpy(store.self_influence)}
+    store.self_influence[:] = state["norms"].numpy()
+    for places in batches(len(rest), GATHER * size, label="row store", first=state["row"]):
+        parts = []
+        for batch in np.array_split(rest[places], -(-len(places) // size)):
+            sketches, norms = sketcher.sketches(images.images(batch), images.targets(batch))
+            store.self_influence[batch] = norms.cpu().numpy()
+            parts.append(sketches.cpu().to(torch.bfloat16))
+        stored[rest[places]] = store.vectors(torch.cat(parts)).numpy()
+        if checkpoint.due():
+            stored.flush()
+            norms = torch.from_numpy(store.self_influence)
+            checkpoint.save({"row": int(places[-1]) + 1, "norms": norms})
+
+
 def _principal(
-    sketches: NDArray[np.float16], count: int
+    sketches: NDArray[np.float16], count: int, checkpoint: Checkpoint
 ) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
     """Find the leading components: the sketches in them ``[p, k]``, and them ``[k, sketch]``."""
-    gram = torch.zeros(len(sketches), len(sketches))
-    starts = range(0, sketches.shape[1], COLUMNS)
-    for start in progress(iterable=starts, desc="inner products", unit="block"):
-        part = torch.from_numpy(sketches[:, start : start + COLUMNS]).float()
-        gram += product(part, part)
-    values, vectors = torch.linalg.eigh(gram)
-    roots = values[-count:].clamp_min(torch.finfo(torch.float32).eps).sqrt()
-    leading = vectors[:, -count:]
-    turn = (leading / roots).T.contiguous()
-    size = count, sketches.shape[1]
-    components = Checkpoint(None).array(size, np.dtype(np.int16))
-    for start in progress(iterable=starts, desc="components", unit="block"):
-        part = torch.from_numpy(sketches[:, start : start + COLUMNS]).float()
-        found = product(turn, part.T).to(torch.bfloat16)
-        components[:, start : start + COLUMNS] = found.view(torch.int16).numpy()
-    return (leading * roots).half().numpy(), components
+    components: Any = checkpoint.array((count, sketches.shape[1]), np.dtype(np.int16))
+    state = checkpoint.load() or {"block": 0, "gram": torch.zeros(*[len(sketches)] * 2)}
+    if "gram" in state:
+        for block, part in _blocks(sketches, state["block"], "inner products"):
+            state["gram"] += product(part, part)
+            checkpoint.save(state | {"block": block + 1})
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(state["gram"].double().numpy()))
+        roots = values[-count:].clamp_min(torch.finfo(torch.float32).eps).sqrt()
+        leading = vectors[:, -count:]
+        turn, inside = (leading / roots).T.float().contiguous(), (leading * roots).half()
+        state = {"block": 0, "turn": turn, "inside": inside}
+    for block, part in _blocks(sketches, state["block"], "components"):
+        found = product(state["turn"], part.T).to(torch.bfloat16)
+        components[:, block * COLUMNS : (block + 1) * COLUMNS] = found.view(torch.int16).numpy()
+        if checkpoint.due():
+            components.flush()
+            checkpoint.save(state | {"block": block + 1})
+    return state["inside"].numpy(), components
+
+
+def _blocks(sketches: NDArray[np.float16], first: int, label: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of columns as float32, with their numbers, from one on."""
+    total = -(-sketches.shape[1] // COLUMNS)
+    bar = progress(
+        iterable=range(first, total), desc=label, unit="block", total=total, initial=first
+    )
+    for block in bar:
+        part = sketches[:, block * COLUMNS : (block + 1) * COLUMNS]
+        yield block, torch.from_numpy(part).float()
 
 
 def query_store(store: RowStore, sketcher: Sketcher, queries: Queries) -> NDArray[np.float32]:

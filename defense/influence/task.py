@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from defense.checkpoints import source_of
+
 
 class Task(ABC):
     """What influence needs to know; every function treats each sample on its own."""
@@ -35,9 +37,10 @@ class Task(ABC):
         """
 
     def digest(self) -> bytes:
-        """Name the task and its settings, for checkpoints and caches."""
+        """Name the task, its settings and its code, for checkpoints and caches."""
         kind = type(self)
-        return f"{kind.__module__}.{kind.__qualname__} {sorted(vars(self).items())}".encode()
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name} {sorted(vars(self).items())} {source_of(kind)}".encode()
 
 
 class Classification(Task):

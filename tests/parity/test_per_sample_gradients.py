@@ -163,3 +163,38 @@ def test_refuses_a_layer_that_runs_twice() -> None:
         gradients_of(
             nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, 4), torch.tensor([0, 1])
         )
+
+
+class Standardised(nn.Conv2d):
+    """Convolves with a standardised weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Same(nn.Conv2d):
+    """Pads on its own."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), weight, bias)
+
+
+class Renamed(nn.Linear):
+    """A linear layer by another name."""
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Standardised(3, 4, 3),
+        Same(3, 4, 3),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_refuses_layers_that_change_their_weight_or_input(layer: nn.Module) -> None:
+    model = nn.Sequential(layer, nn.Flatten(), Renamed(4, 2))
+    with pytest.raises(UnsupportedLayerError, match=r"0 \(.*changes its weight or its input"):
+        find_layers(model)
+    assert list(find_layers(model, ("0",))) == ["2"]

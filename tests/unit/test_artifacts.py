@@ -38,6 +38,7 @@ def example_factors() -> Factors:
     return Factors(
         {"first": layer, "second.0": layer},
         7,
+        "ab",
         Coverage(0.5, {"LSTM": 9}),
         "fast",
         5,

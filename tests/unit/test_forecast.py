@@ -68,9 +68,17 @@ def test_groups_of_queries_give_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(parts.query_norm, whole.query_norm, rtol=1e-6)
 
 
+def test_norms_that_were_not_asked_for_are_missed() -> None:
+    with pytest.raises(DataError, match="pass self_influence=True"):
+        run(ScoreSettings()).cosine()
+
+
 def test_nothing_to_score_is_said() -> None:
     model, images = small_model(), make_images(40, seed=1)
     factors = fit_factors(model, images, FactorSettings(), torch.Generator().manual_seed(0))
+    nobody = images.where(images.labels < 0)
+    with pytest.raises(DataError, match="expected rows to fit the factors on, got none"):
+        fit_factors(model, nobody, FactorSettings(), torch.Generator())
     for count, rows in ((0, images), (3, images.where(images.labels < 0))):
         with pytest.raises(DataError, match="expected rows to score and queries, got"):
             compute_influence(model, factors, queries_of(images, count), rows, ScoreSettings())
@@ -121,3 +129,36 @@ def test_the_memory_limit_is_held() -> None:
     unlimited = excess(0.0)
     assert unlimited > 1.5  # GiB, so that the limit below has something to hold
     assert excess(0.75) <= 0
+
+
+MATRIX = """
+import resource, sys
+import numpy as np, torch
+from torch import nn
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.scores import ScoreSettings, compute_influence
+from tests.conftest import make_images
+from tests.unit.test_forecast import queries_of
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+images = make_images(4000, seed=1, shape=(3, 2, 2))
+rows = images.take(np.arange(int(sys.argv[1])) % 4000)
+factors = fit_factors(model, images, FactorSettings(), torch.Generator().manual_seed(0))
+influence = compute_influence(model, factors, queries_of(images, 2000), rows, ScoreSettings())
+loss = influence.loss()
+assert loss.shape == (1, 2000, len(rows))
+np.testing.assert_allclose(loss[0, 7, :9], influence.margin[0, 7, :9] * influence.loss_scale[:9])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+"""
+
+
+def test_the_score_matrix_does_not_stay_in_memory() -> None:
+    peaks = [
+        float(subprocess.run(
+            [sys.executable, "-c", MATRIX, str(rows)],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.split()[-1])
+        for rows in (4000, 32000)
+    ]  # fmt: skip
+    assert peaks[1] - peaks[0] < 50  # MiB, of 2 x 213 MiB that the larger matrices have more

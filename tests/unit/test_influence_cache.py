@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from defense.errors import ArtifactError
 from defense.influence.cache import cached_factors, cached_influence
 from defense.influence.factors import FactorSettings
 from defense.influence.network import Network
 from defense.influence.scores import ScoreSettings
+from defense.influence.store import StoreSettings
 from defense.records import ImageSet, Queries
 from tests.conftest import KilledError, make_images
 from tests.unit.test_resume import parts, small_model
@@ -66,12 +68,22 @@ def test_another_question_is_not(tmp_path: Path, batches: list[int]) -> None:
         lambda: factors_of(tmp_path, model, images, seed=1),
         lambda: factors_of(tmp_path, model, images, fisher="empirical"),
         lambda: influence_of(tmp_path, model, factors, relabelled),
-        lambda: influence_of(tmp_path, other, factors, images),
         lambda: influence_of(tmp_path, model, factors, images, damping=0.2),
     ):
         batches.clear()
         question()
         assert batches
+
+
+def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
+    model, images, other = small_model(), make_images(48, seed=4), small_model()
+    factors = factors_of(tmp_path, model, images)
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ArtifactError, match="fitted on another model"):
+        influence_of(tmp_path, other, factors, images)
+    with pytest.raises(ArtifactError, match="fitted on another model"):
+        StoreSettings().sketcher(other, factors)
 
 
 def test_a_killed_computation_continues_and_leaves_nothing_behind(tmp_path, kill_after) -> None:

@@ -1,5 +1,6 @@
 """Killed fits and scores continue; other inputs, damaged and stale files never count."""
 
+import inspect
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from defense.checkpoints import fingerprint
+from defense.checkpoints import Checkpoint, digest_of_model, fingerprint
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.records import Factors, ImageSet, Queries
@@ -126,6 +128,42 @@ def test_attributes_and_buffers_are_part_of_a_fingerprint() -> None:
     assert fingerprint(one, images) != fingerprint(other, images)
     same[0].register_buffer("hidden", torch.ones(2), persistent=False)
     assert fingerprint(one, images) != fingerprint(same, images)
+
+
+class Acting(nn.Module):
+    """Applies functions it holds."""
+
+    def __init__(self, *functions) -> None:
+        super().__init__()
+        self.functions, self.sizes = list(functions), {"first": 1}
+
+
+class Inheriting(Scaled):
+    """Has no code of its own."""
+
+
+def test_functions_containers_and_base_classes_are_part_of_it(monkeypatch) -> None:
+    one, same, other = Acting(F.relu), Acting(F.relu), Acting(F.gelu)
+    assert digest_of_model(one) == digest_of_model(same) != digest_of_model(other)
+    same.sizes["first"] = 2
+    assert digest_of_model(one) != digest_of_model(same)
+    before = digest_of_model(Inheriting(0.1))
+    read = inspect.getsource
+    monkeypatch.setattr("inspect.getsource", lambda kind: read(kind) + "#" * (kind is Scaled))
+    assert digest_of_model(Inheriting(0.1)) != before
+
+
+def test_a_save_that_takes_long_comes_less_often(tmp_path: Path, monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    assert checkpoint.due()
+    for took, wait in ((0.5, 20.0), (4.0, 40.0), (60.0, 60.0)):
+        checkpoint.saved, checkpoint.took = now[0], took
+        now[0] += wait - 0.1
+        assert not checkpoint.due()
+        now[0] += 0.2
+        assert checkpoint.due()
 
 
 def test_a_checkpoint_of_anything_else_is_not_continued(kill_after, tmp_path: Path) -> None:

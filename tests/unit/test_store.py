@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from defense.errors import ArtifactError
+from defense.influence import store
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.sketch import FOLD, Sketcher
 from defense.influence.store import (
@@ -45,17 +46,17 @@ def direct(problem, queries: Queries) -> np.ndarray:
 
 def stored(problem, settings: StoreSettings, queries: Queries) -> tuple[RowStore, np.ndarray]:
     model, images, factors = problem
-    store = build_store(model, factors, images, settings)
-    return store, query_store(store, store.sketcher(model, factors), queries)
+    built = build_store(model, factors, images, settings)
+    return built, query_store(built, built.sketcher(model, factors), queries)
 
 
 @pytest.mark.parametrize("probe", [96, 64])
 def test_cosines_of_queries(problem, probe: int) -> None:
     queries = queries_of(problem[1], 8)
     settings = WIDE.model_copy(update={"probe": probe})
-    store, cosines = stored(problem, settings, queries)
-    assert store.rows.shape == (96, min(96, probe))
-    assert store.rows.dtype == np.float16
+    built, cosines = stored(problem, settings, queries)
+    assert built.rows.shape == (96, min(96, probe))
+    assert built.rows.dtype == np.float16
     expected = direct(problem, queries)
     assert np.corrcoef(cosines.ravel(), expected.ravel())[0, 1] > 0.97
 
@@ -64,8 +65,8 @@ def test_rows_against_rows(problem) -> None:
     _, images, _ = problem
     nothing = torch.zeros(96, dtype=torch.int64)
     expected = direct(problem, Queries(images.images(), images.targets(), nothing, nothing))
-    store, _ = stored(problem, WIDE, queries_of(images, 1))
-    between = store.between(np.arange(96))
+    built, _ = stored(problem, WIDE, queries_of(images, 1))
+    between = built.between(np.arange(96))
     np.testing.assert_allclose(np.diagonal(between), 1, atol=0.01)
     assert np.corrcoef(between.ravel(), expected.ravel())[0, 1] > 0.98
 
@@ -83,19 +84,19 @@ def test_fewer_components_and_coarser_sketches_are_worse(problem) -> None:
 def test_a_store_is_kept_and_refuses_another_sketcher(problem, tmp_path: Path) -> None:
     model, _, factors = problem
     queries = queries_of(problem[1], 4)
-    store, cosines = stored(problem, WIDE, queries)
-    store.save(tmp_path / "store")
+    built, cosines = stored(problem, WIDE, queries)
+    built.save(tmp_path / "store")
     kept = load_store(tmp_path / "store")
     answered = query_store(kept, kept.sketcher(model, factors), queries)
     np.testing.assert_array_equal(answered, cosines)
-    np.testing.assert_array_equal(kept.self_influence, store.self_influence)
+    np.testing.assert_array_equal(kept.self_influence, built.self_influence)
     for change in ({"seed": 1}, {"damping": 10.0}):
         other = WIDE.model_copy(update=change).sketcher(model, factors)
         other.keep(kept.kept)
         with pytest.raises(ArtifactError, match="expected a sketcher made by this store"):
             query_store(kept, other, queries)
     changed = fit(model, problem[1], None, tier="fast")
-    with pytest.raises(ArtifactError, match="another model, other factors"):
+    with pytest.raises(ArtifactError, match="other factors, another task or by other code"):
         kept.sketcher(model, changed)
     file = tmp_path / "store" / "rows.npy"
     file.write_bytes(file.read_bytes()[:-2])
@@ -125,22 +126,40 @@ def test_the_strongest_coordinates_are_better_than_random_ones(problem) -> None:
     assert agreement[0] > agreement[1]
 
 
-def test_a_killed_store_continues_with_the_same_bytes(problem, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "count", "left"),
+    [
+        ("sketches", 4, 9 - 3),  # batches of 8: 6 of probe rows, then 3 blocks of 2
+        ("sketches", 9, 9 - 8),
+        ("product", 2, 3 * 2 - 1),  # blocks of columns: inner products, then components
+        ("product", 5, 3 * 2 - 4),
+    ],
+)
+def test_a_killed_store_continues_with_the_same_bytes(
+    where, count, left, problem, tmp_path, monkeypatch
+) -> None:
     model, images, factors = problem
-    undisturbed, _ = stored(problem, WIDE, queries_of(images, 1))
+    settings = StoreSettings(components=32, sketch=96, batch_size=8, probe=48)
+    images = images.where(np.arange(96) < 72)
+    monkeypatch.setattr("defense.influence.store.COLUMNS", 32)
+    monkeypatch.setattr("defense.influence.store.GATHER", 1)
+    undisturbed = build_store(model, factors, images, settings)
     monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
-    original, seen = Sketcher.sketches, []
+    place = Sketcher if where == "sketches" else store
+    original, seen = getattr(place, where), []
 
-    def sketches(self, x, y):
-        seen.append(len(x))
-        if len(seen) == 4:
+    def killed(*args):
+        seen.append(1)
+        if len(seen) == count:
             raise KilledError
-        return original(self, x, y)
+        return original(*args)
 
-    monkeypatch.setattr(Sketcher, "sketches", sketches)
+    monkeypatch.setattr(place, where, killed)
     with pytest.raises(KilledError):
-        build_store(model, factors, images, WIDE, scratch=tmp_path)
-    continued = build_store(model, factors, images, WIDE, scratch=tmp_path)
+        build_store(model, factors, images, settings, scratch=tmp_path)
+    seen[:] = [1] * count  # no second kill
+    continued = build_store(model, factors, images, settings, scratch=tmp_path)
     for name in ("rows", "self_influence", "components", "kept"):
         np.testing.assert_array_equal(getattr(continued, name), getattr(undisturbed, name))
-    assert len(seen) == 4 + 3  # batches of 16, three of which were kept
+    assert len(seen) == count + left
+    assert continued.images == undisturbed.images
