@@ -15,14 +15,14 @@ class Layerless(nn.Module):
         return self.scale(x.flatten(1)[:, : self.num_classes])
 
 
-class Broken(nn.Linear):
+class Broken(nn.Sequential):
     """Raises something that is no RuntimeError."""
 
     def forward(self, x: Tensor) -> Tensor:
         raise ValueError("no such luck")
 
 
-class Pair(nn.Linear):
+class Pair(nn.Sequential):
     """Returns more than logits."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,11 @@ def layerless(num_classes: int) -> nn.Module:
 
 
 def broken(num_classes: int) -> nn.Module:
-    return Broken(64, num_classes)
+    return Broken(nn.Linear(64, num_classes))
 
 
 def pair(num_classes: int) -> nn.Module:
-    return Pair(64, num_classes)
+    return Pair(nn.Linear(64, num_classes))
 
 
 def narrow(num_classes: int) -> nn.Module:
