@@ -68,9 +68,9 @@ def _require_plain(name: str, layer: Layer) -> None:
     same = all(getattr(kind, method) is getattr(used, method) for method in methods)
     if not same or not isinstance(layer.weight, nn.Parameter):
         raise UnsupportedLayerError(
-            f"{name or 'the model'} ({kind.__name__}) changes its weight or its input on the way (such as "
-            "weight normalisation, or padding in forward), so that its gradient is not that of "
-            f"a plain {used.__name__}; add '{name}' to factors.exclude to leave it out"
+            f"{name or 'the model'} ({kind.__name__}) changes its weight or its input on the way "
+            "(such as weight normalisation, or padding in forward), so that its gradient is not "
+            f"that of a plain {used.__name__}; add '{name}' to factors.exclude to leave it out"
         )
 
 
