@@ -1,20 +1,22 @@
 """What the cells of ``pipelines/paper`` found, gathered into one record per attack and seed."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.record import RESULTS, hardware
+from defense.errors import DefenseError
 from defense.metrics import detection_quality
+from defense.records import Truth
 from defense.storage import load_flags, load_truth
+from pipelines.matrix import read_cell, settings_of
+from pipelines.paths import REFERENCES
 
 HOME = Path(__file__).parents[1] / "pipelines" / "paper"
 STORE = RESULTS / "paper.json"
 FOUND = ("tpr", "precision")
+ATTACK_STAGES = ("factors", "influence")  # what detectors that use scores need besides
 
 Cell = dict[str, Any]
 Cells = dict[str, Cell]
@@ -23,7 +25,7 @@ Cells = dict[str, Cell]
 def gather(home: Path = HOME, store: Path = STORE) -> Cells:
     """Collect all cells on this machine, on top of those that were kept before.
 
-    A record that was kept under other parameters is dropped.
+    A record that was made under other parameters is dropped.
 
     Args:
         home: Folder of the matrix, with its params.yaml and cells.
@@ -32,107 +34,129 @@ def gather(home: Path = HOME, store: Path = STORE) -> Cells:
     Returns:
         Records by ``world/seed/attack``, each with the digest of the parameters they hang on.
     """
-    matrix = yaml.safe_load((home / "params.yaml").read_text(encoding="utf-8"))
     kept: Cells = json.loads(store.read_text())["cells"] if store.is_file() else {}
-    cells = {name: cell for name, cell in kept.items() if cell["settings"] == _key(matrix, name)}
-    for cell in cells.values():
-        for part in ("detectors", "repairs"):
-            cell[part] = {
-                name: record
-                for name, record in cell[part].items()
-                if record["settings"] == _method_key(matrix, name)
-            }
+    cells = {
+        name: cell | {part: _current(home, name, cell[part]) for part in ("detectors", "repairs")}
+        for name, cell in kept.items()
+        if cell["settings"] == _settings(home, name, "influence")
+    }
     for folder in sorted((home / "cells").glob("*/*/*")):
-        if (folder / "metrics" / "train.json").is_file():
-            name = "/".join(folder.parts[-3:])
-            found = _attack(folder, matrix, name)
+        name = "/".join(folder.parts[-3:])
+        if _note(home, folder, name, "train") is not None:
+            found = _attack(home, folder, name)
             old = cells.get(name, {"detectors": {}, "repairs": {}})
             merged = {part: old[part] | found[part] for part in ("detectors", "repairs")}
             cells[name] = old | found | merged
     return cells
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _current(home: Path, name: str, records: dict[str, Cell]) -> dict[str, Cell]:
+    """Keep the records that were made under the parameters of today."""
+    return {
+        part: record
+        for part, record in records.items()
+        if record["settings"] == _settings(home, f"{name}/{part}", _stage(part))
+    }
 
 
-def _key(matrix: Any, name: str) -> str | None:
-    """Digest the parameters that a whole record hangs on; None if they are gone."""
-    world, _, attack = name.split("/")
-    place = matrix["worlds"].get(world, {})
-    if attack not in place.get("attacks", {}):
+def _stage(part: str) -> str:
+    """Name the stage that makes the flags of a detector, or a repair ``detector/unlearner``."""
+    if "/" in part:
+        return "remediate"
+    return "reference" if part in REFERENCES else "detect"
+
+
+def _settings(home: Path, cell: str, stage: str) -> str | None:
+    """Digest the parameters of a cell; None if there is no such cell any more."""
+    try:
+        return settings_of(read_cell(home / "params.yaml", cell, stage)[0], stage)
+    except DefenseError:
         return None
-    sections = {key: value for key, value in place.items() if key != "attacks"}
-    scored = {key: matrix["shared"][key] for key in ("factors", "transforms", "scores")}
-    return _digest([sections, place["attacks"][attack], scored])
 
 
-def _method_key(matrix: Any, name: str) -> str:
-    """Digest the settings of a detector, or of a detector and an unlearner."""
-    detector, _, unlearner = name.partition("/")
-    return _digest([matrix["detectors"].get(detector), matrix["unlearners"].get(unlearner)])
+def _note(home: Path, folder: Path, cell: str, stage: str) -> Cell | None:
+    """Read what a stage noted when it ran; None if it has not, or under other parameters."""
+    path = folder / "metrics" / f"{stage}.run.json"
+    note = _read(path) if path.is_file() else None
+    current = note is not None and note["settings"] == _settings(home, cell, stage)
+    return note if current else None
 
 
-def _attack(folder: Path, matrix: Any, name: str) -> Cell:
+def _attack(home: Path, folder: Path, name: str) -> Cell:
+    truth, _ = load_truth(folder / "artifacts" / "truth")
+    stages = {stage: _note(home, folder, name, stage) for stage in ATTACK_STAGES}
     cell: Cell = {
-        "settings": _key(matrix, name),
+        "settings": _settings(home, name, "influence"),
         "hardware": hardware(),
         "success": _read(folder / "metrics" / "train.json")["success"],
+        "cpu_seconds": {stage: note["cpu_seconds"] for stage, note in stages.items() if note},
         "detectors": {},
         "repairs": {},
     }
-    truth, _ = load_truth(folder / "artifacts" / "truth")
     for place in sorted(folder.glob("*/artifacts/flags")):
-        detector, (flags, _) = place.parents[1], load_flags(place)
-        quality = {entry.rows: entry for entry in detection_quality(flags, truth)}
-        cell["detectors"][detector.name] = {
-            "settings": _method_key(matrix, detector.name),
-            "seconds": _seconds(detector / "metrics" / "detect.seconds.json"),
-            "flagged": int(flags.mask.sum()),
-        } | {
-            rows: {key: getattr(entry, key).value for key in FOUND}
-            | {"average_precision": entry.average_precision}
-            for rows, entry in quality.items()
-        }
+        _add_detector(home, cell, place, name, truth)
     for report in sorted(folder.glob("*/*/reports/audit.json")):
-        _add_repair(cell, matrix, report)
-    for file in sorted(folder.glob("*/metrics/counterfactual.json")):
-        cell["detectors"][file.parts[-3]]["counterfactual"] = {
-            removed: {
-                "removed": entry["removed"],
-                "psr": entry["psr"]["value"],
-                "accuracy": entry["clean_accuracy"]["value"],
-            }
-            for removed, entry in _read(file).items()
-        }
+        _add_repair(home, cell, report, name)
     return cell
 
 
-def _add_repair(cell: Cell, matrix: Any, report: Path) -> None:
-    """Add what one audit measured."""
-    detector, unlearner = report.parts[-4:-2]
-    audit, name = _read(report), f"{detector}/{unlearner}"
-    cell["before"] = {
-        "psr": audit["before"]["psr"]["value"],
-        "accuracy": audit["before"]["clean_accuracy"]["value"],
+def _add_detector(home: Path, cell: Cell, place: Path, name: str, truth: Truth) -> None:
+    """Add what a detector flagged, and what the counterfactuals made of it."""
+    folder = place.parents[1]
+    note = _note(home, folder, f"{name}/{folder.name}", _stage(folder.name))
+    if note is None:
+        return
+    flags, _ = load_flags(place)
+    cell["share"] = {
+        "all": float(truth.poisoned.mean()),
+        "predicted_label": float(truth.poisoned[flags.predicted_label].mean()),
     }
-    cell["repairs"][name] = {
-        "settings": _method_key(matrix, name),
-        "psr": audit["after"]["psr"]["value"],
-        "accuracy": audit["after"]["clean_accuracy"]["value"],
+    cell["detectors"][folder.name] = {
+        "settings": note["settings"],
+        "cpu_seconds": note["cpu_seconds"],
+        "flagged": int(flags.mask.sum()),
+        "all_flagged": bool(flags.mask.all()),
+    } | {
+        entry.rows: {key: getattr(entry, key).value for key in FOUND}
+        | {"average_precision": entry.average_precision}
+        for entry in detection_quality(flags, truth)
+    }
+    file = folder / "metrics" / "counterfactual.json"
+    if _note(home, folder, f"{name}/{folder.name}", "counterfactual") is not None:
+        cell["detectors"][folder.name]["counterfactual"] = {
+            removed: {"removed": entry["removed"]}
+            | {
+                short: [model[key]["value"] for model in entry["trainings"]]
+                for short, key in (("psr", "psr"), ("accuracy", "clean_accuracy"))
+            }
+            for removed, entry in _read(file).items()
+        }
+
+
+def _add_repair(home: Path, cell: Cell, report: Path, name: str) -> None:
+    """Add what one audit measured."""
+    part = "/".join(report.parts[-4:-2])
+    note = _note(home, report.parents[1], f"{name}/{part}", "remediate")
+    if note is None:
+        return
+    audit = _read(report)
+    cell["before"], after = (
+        {
+            "psr": audit[moment]["psr"]["value"],
+            "accuracy": audit[moment]["clean_accuracy"]["value"],
+            "robust_accuracy": audit[moment]["robust_accuracy"]["value"],
+        }
+        for moment in ("before", "after")
+    )
+    cell["repairs"][part] = after | {
+        "settings": note["settings"],
+        "cpu_seconds": note["cpu_seconds"],
         "gradient_samples": audit["gradient_samples"]["remediate"],
-        "seconds": _seconds(report.parents[1] / "metrics" / "remediate.seconds.json"),
     }
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _seconds(path: Path) -> float | None:
-    """Read how long a stage took; None if that is not known, or it was killed and resumed."""
-    seconds = _read(path)["seconds"] if path.is_file() else None
-    return None if seconds is None else float(seconds)
 
 
 def of_attack(cells: Cells, world: str, attack: str) -> dict[str, Cell]:

@@ -15,11 +15,11 @@ POISON, CLEAN = "#b3261e", "#5f6b7a"
 ATTACKS = ("badnets", "smooth", "witches_brew")
 DETECTORS = ("spectral_paper", "activation_clustering", "frequency", "poison_forensics", "ekfac",
              "delta_influence", "default")  # fmt: skip
-UNLEARNERS = ("eu", "cf_full", "cf", "ssd", "scrub", "badt", "potion")
+UNLEARNERS = ("eu", "cf_full", "cf", "ssd", "scrub", "scrub_paper", "badt", "badt_long", "potion")
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},
     "figure4": {name: ("default", name) for name in UNLEARNERS},
-    "figure5": {name: (name, "scrub") for name in DETECTORS},
+    "figure5": {name: (name, "scrub_paper") for name in DETECTORS},
     "figure7": {name: (name, "eu") for name in ("delta_influence", "delta_image", "delta_label")},
 }
 SHOWN = 6  # transforms of Figure 2

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.paper_cells import STORE, Cells, gather, of_attack, values
+from benchmarks.paper_cells import ATTACK_STAGES, STORE, Cells, gather, of_attack, values
 from benchmarks.paper_drawings import draw
 from benchmarks.record import versions
 from defense.artifacts import write_json, write_text
@@ -25,7 +25,8 @@ DETECTORS = {
     "activation_clustering": "Activation Clustering",
     "frequency": "frequency detector",
     "poison_forensics": "Poison Forensics",
-    "ekfac": "EK-FAC > 10",
+    "ekfac": "EK-FAC, largest 27 %",
+    "ekfac_zero": "EK-FAC > 0",
     "delta_influence": "Delta-Influence, all rows",
     "default": "Delta-Influence, rows labelled as predicted",
 }
@@ -53,16 +54,20 @@ UNLEARNERS = {
     "ssd_sample": "SSD, single rows",
     "scrub": "SCRUB",
     "scrub_cmu": "SCRUB (`cmu`)",
-    "badt": "BadT",
+    "scrub_paper": "SCRUB (the paper's run)",
+    "badt": "BadT, one epoch",
+    "badt_long": "BadT, five epochs",
     "potion": "Potion",
 }
 COUNTERFACTUALS = {
+    "nothing": "nothing",
     "found": "flagged poison",
     "missed": "poison that is not flagged",
     "any_poison": "as much poison, at random",
     "clean": "as many clean rows of the target class",
 }
-# Precision / TPR in per cent: Table 1, and Table 4; the body of Table 5 is not in the text at hand.
+# Precision / TPR in per cent: Table 1, and Table 4, which also has PSR and accuracy after EU; the
+# body of Table 5 is not in the text at hand.
 PUBLISHED = {
     ("cifar10", "badnets"): {
         "spectral_paper": "3.6 / 88.3",
@@ -86,17 +91,23 @@ PUBLISHED = {
         "delta_influence": "3.3 / 19.4",
     },
     ("imagenette", "badnets"): {
-        "ekfac": "10.5 / 99.3",
-        "delta_influence": "25.8 / 99.3",
-        "ekfac_5": "12.8 / 99.0",
-        "ekfac_boosted_5": "21.8 / 99.0",
-        "delta_5": "27.5 / 99.3",
-        "ekfac_10": "12.9 / 99.3",
-        "ekfac_boosted_10": "24.2 / 99.3",
-        "delta_10": "28.7 / 99.3",
+        "ekfac": "10.5 / 99.3; 0 / 72.4",
+        "delta_influence": "25.8 / 99.3; 0 / 75.4",
+        "ekfac_5": "12.8 / 99.0; 0 / 74.4",
+        "ekfac_boosted_5": "21.8 / 99.0; 0.3 / 74.0",
+        "delta_5": "27.5 / 99.3; 0.3 / 76.6",
+        "ekfac_10": "12.9 / 99.3; 0 / 74.1",
+        "ekfac_boosted_10": "24.2 / 99.3; 0.3 / 73.6",
+        "delta_10": "28.7 / 99.3; 0.3 / 75.0",
     },
 }
 RESTRICTED = {"default"}  # detectors whose own rule is the restricted one
+SCORED = {"default", *(set(DETECTORS) | set(ABLATIONS) | set(SEVERAL)) - {
+    "spectral_paper", "spectral_tran", "activation_clustering", "frequency", "poison_forensics",
+}}  # detectors that need factors and scores  # fmt: skip
+PSR_BOUND = 0.05
+PAPER = "paper: precision / TPR; PSR / accuracy after EU"
+BOTH = "PSR < 5 %, 90 % of EU's accuracy"
 COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must keep
 NONE = "–"
 
@@ -129,7 +140,11 @@ def attacks(cells: Cells, world: str) -> str:
         before = [
             spread(values(cells, world, attack, "before", key)) for key in ("psr", "accuracy")
         ]
-        rows.append([name, str(len(seeds) or NONE), spread(success), *before])
+        single = attack == "witches_brew"  # one image, which succeeds or does not
+        wins = f"{sum(value > 0 for _, value in success)} of {len(success)} draws"
+        reached = wins if single else spread(success)
+        psr = NONE if single else before[0]
+        rows.append([name, str(len(seeds) or NONE), reached, psr, before[1]])
     head = ["attack", "seeds", "attacked images that succeed", "PSR before", "accuracy before"]
     return table(f"Attacks, {world}", head, rows)
 
@@ -145,28 +160,54 @@ def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
 
 
 def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str) -> list[str]:
+    """PSR and accuracy after a repair; if every row was flagged, nothing is left to repair."""
+    flagged = values(cells, world, attack, "detectors", detector, "all_flagged")
+    emptied = sum(value for _, value in flagged)
+    lost = f"; nothing left on {emptied:.0f}" if emptied else ""
     return [
-        spread(values(cells, world, attack, "repairs", f"{detector}/{unlearner}", key))
+        spread(values(cells, world, attack, "repairs", f"{detector}/{unlearner}", key)) + lost
         for key in ("psr", "accuracy")
     ]
+
+
+def _cost(cells: Cells, world: str, attack: str, detector: str) -> str:
+    """CPU seconds of a detector, with factors and scores if it needs them."""
+    shared = [
+        dict(values(cells, world, attack, "cpu_seconds", stage))
+        for stage in (ATTACK_STAGES if detector in SCORED else ())
+    ]
+    own = values(cells, world, attack, "detectors", detector, "cpu_seconds")
+    return spread(
+        ((seed, value + sum(part[seed] for part in shared)) for seed, value in own
+         if all(seed in part for part in shared)), 1.0
+    )  # fmt: skip
+
+
+def _base(cells: Cells, world: str, attack: str) -> list[str]:
+    """The row of a detector that flags every row it looks at."""
+    row = [ATTACKS[attack], "every row"]
+    for rows in ("all", "predicted_label"):
+        share = spread(values(cells, world, attack, "share", rows))
+        row += [NONE if share == NONE else "100", share, NONE]
+    return row + [NONE] * 4
 
 
 def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> str:
     """Tables 1, 2, 4 and 5: detectors or variants of one, and EU on their own flags."""
     head = ["attack", "detector", "TPR", "precision", "AP", "restricted: TPR", "precision", "AP",
-            "PSR after EU", "accuracy after EU", "seconds", "paper: precision / TPR"]  # fmt: skip
+            "PSR after EU", "accuracy after EU", "CPU seconds", PAPER]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
         published = PUBLISHED.get((world, attack), {})
+        rows.append(_base(cells, world, attack))
         for detector, name in names.items():
-            seconds = values(cells, world, attack, "detectors", detector, "seconds")
             rows.append(
                 [
                     attack_name,
                     name,
                     *_quality(cells, world, attack, detector),
                     *_after(cells, world, attack, detector, "eu"),
-                    spread(seconds, 1.0),
+                    _cost(cells, world, attack, detector),
                     published.get(detector, NONE),
                 ]
             )
@@ -176,33 +217,50 @@ def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> st
 
 def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
     """Figure 4: every unlearner on the flags of one detector, or on reference flags."""
-    head = ["attack", "unlearner", "PSR", "accuracy", "keeps 90 % of EU's accuracy",
-            "gradient samples / 1,000", "seconds"]  # fmt: skip
+    head = ["attack", "unlearner", "PSR", "accuracy", "robust accuracy", BOTH,
+            "gradient samples / 1,000", "CPU seconds"]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
-        best = dict(values(cells, world, attack, "repairs", "truth/eu", "accuracy"))
-        for unlearner, name in UNLEARNERS.items():
-            key = f"{detector}/{unlearner}"
-            accuracy = dict(values(cells, world, attack, "repairs", key, "accuracy"))
-            keeps = [accuracy[seed] >= COLLAPSE * best[seed] for seed in accuracy.keys() & best]
-            rows.append(
-                [
-                    attack_name,
-                    name,
-                    *_after(cells, world, attack, detector, unlearner),
-                    f"{sum(keeps)} of {len(keeps)}" if keeps else NONE,
-                    spread(values(cells, world, attack, "repairs", key, "gradient_samples"), 1e-3),
-                    spread(values(cells, world, attack, "repairs", key, "seconds"), 1.0),
-                ]
-            )
+        ran = [
+            [
+                attack_name,
+                name,
+                *_after(cells, world, attack, detector, unlearner),
+                spread(values(cells, world, attack, "repairs", key, "robust_accuracy")),
+                _successes(cells, world, attack, key),
+                spread(values(cells, world, attack, "repairs", key, "gradient_samples"), 1e-3),
+                spread(values(cells, world, attack, "repairs", key, "cpu_seconds"), 1.0),
+            ]
+            for unlearner, name in UNLEARNERS.items()
+            for key in [f"{detector}/{unlearner}"]
+        ]
+        before = [
+            spread(values(cells, world, attack, "before", key))
+            for key in ("psr", "accuracy", "robust_accuracy")
+        ]
+        if any(cell != NONE for row in ran for cell in row[2:]):
+            rows += [[attack_name, "before", *before, NONE, NONE, NONE], *ran]
     return table(f"{title}, {world}", head, rows)
 
 
+def _successes(cells: Cells, world: str, attack: str, key: str) -> str:
+    """Count the seeds on which the poison is gone and the model has not collapsed."""
+    best = dict(values(cells, world, attack, "repairs", "truth/eu", "accuracy"))
+    accuracy, psr = (
+        dict(values(cells, world, attack, "repairs", key, part)) for part in ("accuracy", "psr")
+    )
+    good = [
+        psr[seed] < PSR_BOUND and accuracy[seed] >= COLLAPSE * best[seed]
+        for seed in accuracy.keys() & best
+    ]
+    return f"{sum(good)} of {len(good)}" if good else NONE
+
+
 def scrub(cells: Cells, world: str) -> str:
-    """Figure 5: SCRUB on the flags of every detector."""
+    """Figure 5: SCRUB as in the paper's run on the flags of every detector."""
     head = ["attack", "detector", "PSR after SCRUB", "accuracy after SCRUB"]
     rows = [
-        [attack_name, name, *_after(cells, world, attack, detector, "scrub")]
+        [attack_name, name, *_after(cells, world, attack, detector, "scrub_paper")]
         for attack, attack_name in ATTACKS.items()
         for detector, name in DETECTORS.items()
     ]
@@ -212,20 +270,21 @@ def scrub(cells: Cells, world: str) -> str:
 def counterfactual(cells: Cells, world: str) -> str:
     """Table 3: what becomes of Witches' Brew without parts of its poison."""
     published = {"found": "0", "missed": "100"}
+    seeds = [
+        (seed, cell["detectors"]["default"]["counterfactual"])
+        for seed, cell in of_attack(cells, world, "witches_brew").items()
+        if "counterfactual" in cell["detectors"].get("default", {}) and cell["success"] > 0
+    ]
     rows = []
     for name, title in COUNTERFACTUALS.items():
-        place = ("detectors", "default", "counterfactual", name)
-        rows.append(
-            [
-                title,
-                published.get(name, NONE),
-                *(
-                    spread(values(cells, world, "witches_brew", *place, key), scale)
-                    for key, scale in (("removed", 1.0), ("psr", 100.0), ("accuracy", 100.0))
-                ),
-            ]
+        psr, accuracy = (
+            [(seed, value) for seed, found in seeds for value in found[name][key]]
+            for key in ("psr", "accuracy")
         )
-    head = ["retrained without", "paper: PSR", "rows", "PSR", "accuracy"]
+        wins = f"{sum(value for _, value in psr):.0f} of {len(psr)}" if psr else NONE
+        removed = spread(((seed, found[name]["removed"]) for seed, found in seeds), 1.0)
+        rows.append([title, published.get(name, NONE), removed, wins, spread(accuracy)])
+    head = ["retrained without", "paper: PSR", "rows", "trainings that are fooled", "accuracy"]
     return table(f"Table 3: counterfactuals of Witches' Brew, {world}", head, rows)
 
 
@@ -243,6 +302,7 @@ def page(cells: Cells) -> str:
             detection(cells, world, "Tables 4 and 5: several affected inputs", SEVERAL),
             unlearning(cells, world, "truth", "Unlearners on the true poison"),
             unlearning(cells, world, "chance", "Unlearners on clean rows at random"),
+            unlearning(cells, world, "nothing", "No row flagged"),
         ]
     return "\n".join(part for part in parts if part)
 

@@ -17,8 +17,9 @@ class Recipe(Method):
         learning_rate: Peak learning rate.
         momentum: Nesterov momentum of ``sgd``; 0 turns it off.
         weight_decay: L2 penalty on every parameter.
-        schedule: ``triangle`` (linear warm-up over a fifth of the steps, then linear decay),
-            ``cosine``, ``steps`` (x 0.1 at 35 %, 60 % and 87.5 %, the paper's) or ``constant``.
+        schedule: ``triangle`` (linear warm-up, then linear decay), ``cosine``, ``steps`` (x 0.1
+            at 35 %, 60 % and 87.5 %, the paper's) or ``constant``.
+        warmup: Share of the steps over which ``triangle`` warms up.
         shift: Largest random shift in pixels, filled with black.
         flip: Mirror half of the images.
         precision: ``bf16`` keeps an fp32 master copy; worth it where the hardware has bf16.
@@ -33,6 +34,7 @@ class Recipe(Method):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["triangle", "cosine", "steps", "constant"] = "triangle"
+    warmup: float = Field(0.2, ge=0, lt=1)
     shift: int = Field(0, ge=0)
     flip: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -50,5 +52,6 @@ def learning_rate_at(recipe: Recipe, progress: float) -> float:
     elif recipe.schedule == "steps":
         factor = 0.1 ** sum(progress >= mark for mark in (0.35, 0.6, 0.875))
     else:
-        factor = max(min(progress / 0.2, (1 - progress) / 0.8), 0.01)
+        rising = progress / recipe.warmup if recipe.warmup else 1.0
+        factor = max(min(rising, (1 - progress) / (1 - recipe.warmup)), 0.01)
     return recipe.learning_rate * factor

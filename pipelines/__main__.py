@@ -10,7 +10,7 @@ import click
 
 from defense.artifacts import write_json
 from defense.errors import DefenseError
-from pipelines.matrix import read_cell
+from pipelines.matrix import read_cell, settings_of
 from pipelines.params import read_params
 from pipelines.paths import PARAMS, Paths
 
@@ -39,16 +39,22 @@ def main(stage: str, cell: str | None) -> None:
     logging.getLogger("defense").setLevel(logging.INFO)
     try:
         params, paths = read_cell(PARAMS, cell, stage) if cell else (read_params(PARAMS), Paths())
-        start, resumed = time.perf_counter(), paths.scratch(stage).is_dir()
+        start, resumed = clocks(), paths.scratch(stage).is_dir()
         done = importlib.import_module(f"pipelines.stages.{stage}").run(params, paths)
     except DefenseError as error:
         click.echo(f"error: {stage}: {error}", err=True)
         sys.exit(2)
     shutil.rmtree(paths.scratch(stage), ignore_errors=True)
     if cell:  # for the tables; no output of DVC, because it differs from run to run
-        seconds = None if resumed else time.perf_counter() - start
-        write_json(paths.metrics(stage).with_suffix(".seconds.json"), {"seconds": seconds})
+        passed = {name: None if resumed else end - start[name] for name, end in clocks().items()}
+        note = passed | {"settings": settings_of(params, stage)}
+        write_json(paths.metrics(stage).with_suffix(".run.json"), note)
     click.echo(done)
+
+
+def clocks() -> dict[str, float]:
+    """Read the clock on the wall, and the time all cores have spent on this process."""
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 if __name__ == "__main__":

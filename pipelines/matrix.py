@@ -6,6 +6,7 @@ of params.yaml where they belong: under ``shared`` those all cells have in commo
 attack and the affected inputs. So DVC sees every section a stage uses by one name.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,14 @@ def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
     sections["unlearner"] = _pick(matrix, "unlearners", names[4:5])
     del sections["attacks"]
     return validate(path, sections), Paths(*(CELLS.joinpath(*names[:end]) for end in range(2, 6)))
+
+
+def settings_of(params: Params, stage: str) -> str:
+    """Digest the parameters that the result of a stage of a cell can depend on."""
+    depth = DEPTHS[stage]
+    later = [name for name, least in (("detector", 4), ("unlearner", 5)) if depth < least]
+    known = params.model_dump_json(exclude={*later, "audit", "gate", "tracking"})
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def _mapping(value: Any, place: str, keys: set[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defense.attacks.triggered import Stamp, TriggerAttack
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, progress, repeatable
+from defense.compute import device, progress, repeatable, seeded
 from defense.contracts import Surrogate
 from defense.errors import DataError
 from defense.prediction import frozen
@@ -27,23 +27,25 @@ OVERSHOOT = 0.02  # of a DeepFool perturbation
 DEEPFOOL_STEPS = 200
 SIGMA = 6 / 32  # of the Gaussian filter, as a share of the image's side
 TRUNCATE = 2.5  # deviations at which the filter ends: 30 taps on 32 pixels
-VERSION = 1  # of the search; a checkpoint of another version is not continued
+VERSION = 2  # of the search; a checkpoint of another version is not continued
 DOMINANT = 0.05  # share of changed labels from which on the search follows the commonest one
 
 
 class Smooth(TriggerAttack):
     """Add a universal low-frequency perturbation that was fitted to mislead a clean model.
 
-    The fit repeats passes over some train images: each image whose label the pattern does not
-    change yet is pushed towards one class by DeepFool, and the push is smoothed and added to
-    the pattern. The class it aims at follows the commonest wrong label; the poison's label is
-    `target_class` whatever that is. Unlike the source's, the search sees the images as they will be
-    stamped, clipped to [0, 1], and leaves out those that already are of the class it aims at.
+    The fit repeats passes over some train images in random order: each image whose label the
+    pattern does not change yet is pushed towards one class by DeepFool, and the push is
+    smoothed and added to the pattern. The class it aims at follows the commonest wrong label;
+    the poison's label is `target_class` whatever that is. Unlike the source's, the search sees
+    the images as they will be stamped, clipped to [0, 1], and leaves out those that already are
+    of the class it aims at.
 
     Attributes:
         num_images: Train images the pattern is fitted on; 100 in the source.
         fooling: The fit ends when this share of them changes its label; 0.2 in the source.
-        passes: Largest number of passes; then the best pattern so far is used.
+        passes: Largest number of passes; then the best pattern so far is used. The source has
+            no limit.
         amplitude: Largest value of the pattern, in [0, 1]; its smallest is 0.
         paper_artifact: Add the pattern to normalised pixels and stretch each triggered image
             to [0, 1] there, as the Delta-Influence authors' notebook does: most of that
@@ -53,7 +55,7 @@ class Smooth(TriggerAttack):
     name: Literal["smooth"] = "smooth"
     num_images: int = Field(100, gt=0)
     fooling: float = Field(0.2, gt=0, le=1)
-    passes: int = Field(10, gt=0)
+    passes: int = Field(50, gt=0)
     amplitude: float = Field(0.2, gt=0, le=1)
     paper_artifact: bool = False
 
@@ -96,7 +98,8 @@ class Smooth(TriggerAttack):
         total = self.passes * count
         with progress(total=total, initial=state["done"], desc="smooth trigger") as bar:
             while state["done"] < total and state["fooled"] < self.fooling:
-                number = state["done"] % count
+                around, place = divmod(state["done"], count)
+                number = int(torch.randperm(count, generator=seeded(around, "pass"))[place])
                 self._push(model, images[number], int(labels[number]), state)
                 state["done"] += 1
                 if state["done"] % count == 0:

@@ -31,6 +31,9 @@ class SpectralSignatures(RowDetector):
         centred: False projects activations that are not centred, as ART and BackdoorBench do.
         spectral_threshold: The authors' grid is 4, 6, 8, 10; their released run has 7.
         contribution_threshold: The authors' grid is 7, 9, 11, 13; their released run has 7.
+            Another model has other units.
+        share: Instead of that threshold, the share of all rows that ``paper`` flags; the
+            released run flags 0.21.
     """
 
     name: Literal["spectral_signatures"] = "spectral_signatures"
@@ -39,6 +42,7 @@ class SpectralSignatures(RowDetector):
     centred: bool = True
     spectral_threshold: float = Field(7.0, ge=0)
     contribution_threshold: float = Field(7.0, ge=0)
+    share: float | None = Field(None, gt=0, lt=1)
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`; with ``tran`` suspicion is in units of the class's cut."""
@@ -47,7 +51,8 @@ class SpectralSignatures(RowDetector):
             values, vectors = svd(seen, full_matrices=False)[1:]
             kept = vectors[values > self.spectral_threshold]
             lengths = np.linalg.norm(seen @ kept.T, axis=1)
-            return self.flags(case, lengths, self.contribution_threshold)
+            cut = None if self.share is None else float(np.quantile(lengths, 1 - self.share))
+            return self.flags(case, lengths, self.contribution_threshold if cut is None else cut)
         suspicion = np.zeros(len(seen), dtype=np.float32)
         for label in np.unique(case.train.labels):
             rows = case.train.labels == label

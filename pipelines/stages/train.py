@@ -29,7 +29,8 @@ def run(params: Params, paths: Paths) -> str:
     )
     trained = trainer.fit(train)
     predicted = predict(trained.model, probe, label="probe")
-    affected = choose_affected(probe, predicted, params.affected, seeded(params.seed, "affected"))
+    drawn = seeded(params.seed, f"affected in {probe_manifest.digest}")  # others for every attack
+    affected = choose_affected(probe, predicted, params.affected, drawn)
     cost = {"gradient_samples": trained.gradient_samples}
     origin = {"poisoned_train": manifest.digest}
     digest = save_model(paths.suspect, trained.model, meta=cost, inputs=origin)
@@ -46,6 +47,8 @@ def choose_affected(
 ) -> ImageSet:
     """Draw affected inputs at random among the probe images that get the probe's label.
 
+    They are in the order they were drawn in, so that the first ones are a random choice, too.
+
     Raises:
         DataError: There are too few of them.
     """
@@ -58,4 +61,4 @@ def choose_affected(
         )
     drawn = torch.randperm(len(probe), generator=generator).numpy()
     chosen = np.concatenate([drawn[fooled[drawn]], drawn[~fooled[drawn]]])[:count]
-    return probe.take(np.sort(chosen))
+    return probe.take(chosen)

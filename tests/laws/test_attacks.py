@@ -12,13 +12,15 @@ from defense.attacks.badnets import BadNets
 from defense.attacks.sig import Sig
 from defense.attacks.smooth import Smooth, deepfool, smoothed
 from defense.attacks.witches_brew import WitchesBrew, parameter_gradient
+from defense.compute import seeded
 from defense.contracts import Attack, Surrogate
+from defense.datasets.digits import Digits
 from defense.errors import DataError
 from defense.method import members
 from defense.models.small_cnn import SmallCnn
 from defense.prediction import frozen, predict
 from defense.recipe import Recipe
-from defense.records import PoisonedSplit, Split
+from defense.records import PoisonedSplit, Split, image_set
 from defense.victim import make_surrogate
 from tests.conftest import KilledError
 
@@ -192,6 +194,21 @@ def test_smooth_pattern_is_bounded_and_low_in_frequency(split: Split, surrogate:
     spectrum = np.square(dctn(pattern, axes=(1, 2), norm="ortho"))
     low = 16 * 6 // 32  # the lowest 6x6 of 32x32 coefficients, on 16x16
     assert spectrum[:, :low, :low].sum() > 0.95 * spectrum.sum()
+
+
+def test_a_clean_model_keeps_most_images_with_the_smooth_trigger_right() -> None:
+    """Of an independently trained model; the pattern misleads the attacker's own."""
+    split = Digits().load(seeded(0, "data"))
+    recipe = Recipe(epochs=10, batch_size=64, learning_rate=0.05)
+    own, other = (
+        make_surrogate(SmallCnn(), recipe, split.train, seed=seed, scratch=None) for seed in (0, 1)
+    )
+    stamp = Smooth(target_class="3", amplitude=0.3).trigger(split.train, generator(), own)
+    test = split.test
+    stamped = image_set(stamp(test.uint8()), test.labels, test.ids, test.class_names)
+    changed = predict(own.model(), stamped) != predict(own.model(), test)
+    assert changed.mean() > 0.1
+    assert (predict(other.model(), stamped) == test.labels).mean() >= 0.8
 
 
 def test_smooth_filter_has_the_published_width() -> None:

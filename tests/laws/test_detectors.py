@@ -254,6 +254,22 @@ def test_spectral_signatures_of_the_paper_are_lengths_along_kept_directions() ->
     np.testing.assert_allclose(flags.suspicion, lengths, rtol=1e-4)
     np.testing.assert_array_equal(flags.mask, lengths > length)
 
+    flags = detect(SpectralSignatures(variant="paper", spectral_threshold=0, share=0.2), case)
+    assert flags.mask.sum() == 12
+
+
+def test_a_share_of_the_rows_is_flagged_whatever_the_units() -> None:
+    case = make_case()
+    share = InfluenceThreshold(share=0.25)
+    flags = detect(share, case)
+    assert flags.mask.sum() == 12
+    scaled = detect(share, replace(case, scores=1e6 * case.scores))
+    np.testing.assert_array_equal(scaled.suspicion, flags.suspicion)
+    several = make_case(affected=5)
+    boosted = detect(InfluenceThreshold(share=0.25, several="boosted"), several)
+    assert boosted.mask[planted_rows(several.train)].all()
+    assert boosted.mask.sum() < 12
+
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda way: way.__name__)
 def test_corruptions_change_copies(corruption) -> None:

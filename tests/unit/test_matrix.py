@@ -109,7 +109,7 @@ def test_references_stand_for_detectors(kind: str) -> None:
         ("gate", "cifar10/0", "stage gate: expected no cell"),
         ("detect", "cifar10/0/badnets/truth", "cannot give the flags of 'truth'"),
         ("reference", "cifar10/0/badnets/ekfac", "cannot give the flags of 'ekfac'"),
-        ("data", "mars/0", "'mars' is not one of worlds: cifar10, imagenette"),
+        ("data", "mars/0", "'mars' is not one of worlds: cifar10, imagenette, cifar100"),
         ("train", "cifar10/0/zap", "'zap' is not one of attacks: badnets"),
         ("detect", "cifar10/0/badnets/zap", "'zap' is not one of detectors: default"),
         ("audit", "cifar10/0/badnets/ekfac/zap", "'zap' is not one of unlearners: eu"),

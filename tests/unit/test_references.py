@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from defense.compute import seeded
 from defense.errors import DataError
 from defense.records import Split, Truth
 from pipelines.params import AffectedSettings
@@ -35,6 +36,7 @@ def test_reference_flags_are_the_poison_as_many_clean_rows_or_none() -> None:
 def test_counterfactuals_are_the_sets_they_are_called() -> None:
     mask = np.array([1, 1, 0, 1, 0, 0, 0, 1], dtype=bool)
     sets = counterfactuals(mask, TRUTH, LABELS, generator())
+    assert not sets["nothing"].any()
     np.testing.assert_array_equal(np.flatnonzero(sets["found"]), [0, 1])
     np.testing.assert_array_equal(np.flatnonzero(sets["missed"]), [2])
     assert sets["any_poison"].sum() == 2
@@ -49,6 +51,11 @@ def test_affected_inputs_succeed_unless_others_may_fill_up(split: Split) -> None
     predicted[[5, 9, 30]] = 1
     chosen = choose_affected(probe, predicted, AffectedSettings(count=2), generator())
     assert set(chosen.ids) <= set(probe.ids[[5, 9, 30]])
+    firsts = {
+        choose_affected(probe, predicted, AffectedSettings(count=3), seeded(seed, "draw")).ids[0]
+        for seed in range(20)
+    }
+    assert firsts == set(probe.ids[[5, 9, 30]])  # no favourite among them
     with pytest.raises(DataError, match="count is 4, but only 3 of 80"):
         choose_affected(probe, predicted, AffectedSettings(count=4), generator())
     filled = choose_affected(probe, predicted, AffectedSettings(count=4, fill=True), generator())

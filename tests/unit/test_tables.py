@@ -1,34 +1,46 @@
 """The paper's tables: what is averaged, what is left out, and what is a dash."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks import paper_cells, tables
-
-MATRIX = yaml.safe_load((paper_cells.HOME / "params.yaml").read_text())
 
 
 def quality(tpr: float) -> dict:
     return {"tpr": tpr, "precision": 0.5, "average_precision": 0.25}
 
 
+def settings(name: str, stage: str) -> str | None:
+    return paper_cells._settings(paper_cells.HOME, name, stage)
+
+
+def found(name: str, detector: str, *, tpr: float = 0.9, cpu_seconds: float | None = None) -> dict:
+    """A record of a detector."""
+    return {
+        "all": quality(1.0),
+        "predicted_label": quality(tpr),
+        "cpu_seconds": cpu_seconds,
+        "all_flagged": False,
+        "settings": settings(f"{name}/{detector}", "detect"),
+    }
+
+
 def cell(name: str, *, success: float = 1.0, tpr: float = 0.9, accuracy: float = 0.8) -> dict:
     """A record of one attack and seed in which Delta-Influence and EU have run."""
-    repair = {"psr": 0.01, "accuracy": accuracy, "gradient_samples": 2000, "seconds": 3.0}
-    detectors = {"default": {"all": quality(1.0), "predicted_label": quality(tpr), "seconds": None}}
+    repair = {"psr": 0.01, "accuracy": accuracy, "robust_accuracy": 0.7, "gradient_samples": 2000,
+              "cpu_seconds": 3.0}  # fmt: skip
     return {
-        "settings": paper_cells._key(MATRIX, name),
+        "settings": settings(name, "influence"),
         "success": success,
-        "before": {"psr": success, "accuracy": 0.85},
-        "detectors": {
-            key: value | {"settings": paper_cells._method_key(MATRIX, key)}
-            for key, value in detectors.items()
-        },
+        "share": {"all": 0.03, "predicted_label": 0.25},
+        "cpu_seconds": {"factors": 20.0, "influence": 10.0},
+        "before": {"psr": success, "accuracy": 0.85, "robust_accuracy": 0.1},
+        "detectors": {"default": found(name, "default", tpr=tpr)},
         "repairs": {
-            key: repair | {"settings": paper_cells._method_key(MATRIX, key)}
+            key: repair | {"settings": settings(f"{name}/{key}", "remediate")}
             for key in ("default/eu", "truth/eu")
         },
     }
@@ -47,11 +59,36 @@ def test_means_and_deviations_over_seeds() -> None:
     cells = {
         f"cifar10/{s}/badnets": cell("cifar10/0/badnets", tpr=t) for s, t in enumerate((0.8, 1.0))
     }
-    found = row(tables.page(cells), "BadNet", tables.DETECTORS["default"])
-    assert found[:3] == ["–"] * 3  # its own rule is the restricted one
-    assert found[3] == "90.0 ± 14.1 (2)"
-    assert found[6:8] == ["1.0 ± 0.0 (2)", "80.0 ± 0.0 (2)"]
-    assert found[-2:] == ["–", "–"]
+    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["default"])
+    assert shown[:3] == ["–"] * 3  # its own rule is the restricted one
+    assert shown[3] == "90.0 ± 14.1 (2)"
+    assert shown[6:8] == ["1.0 ± 0.0 (2)", "80.0 ± 0.0 (2)"]
+    assert shown[-2:] == ["–", "–"]
+
+
+def test_every_detector_stands_beside_what_flagging_every_row_gives() -> None:
+    shown = row(
+        tables.page({"cifar10/0/badnets": cell("cifar10/0/badnets")}), "BadNet", "every row"
+    )
+    assert shown[:6] == ["100", "3.0 (1)", "–", "100", "25.0 (1)", "–"]
+
+
+def test_detectors_pay_for_the_scores_they_need() -> None:
+    name = "cifar10/0/badnets"
+    cells = {name: cell(name)}
+    for detector in ("ekfac", "frequency"):
+        cells[name]["detectors"][detector] = found(name, detector, cpu_seconds=1.0)
+    page = tables.page(cells)
+    assert row(page, "BadNet", tables.DETECTORS["ekfac"])[-2] == "31.0 (1)"
+    assert row(page, "BadNet", tables.DETECTORS["frequency"])[-2] == "1.0 (1)"
+
+
+def test_flagging_every_row_is_told() -> None:
+    name = "cifar10/0/badnets"
+    cells = {name: cell(name)}
+    cells[name]["detectors"]["ekfac"] = found(name, "ekfac") | {"all_flagged": True}
+    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["ekfac"])
+    assert shown[6] == "–; nothing left on 1"
 
 
 def test_an_attack_that_fails_counts_for_nothing_else() -> None:
@@ -61,16 +98,15 @@ def test_an_attack_that_fails_counts_for_nothing_else() -> None:
         "cifar10/1/witches_brew": cell(name, success=0.0, tpr=0.9),
     }
     page = tables.page(cells)
-    assert row(page, "Witches' Brew", "2")[0] == "50.0 ± 70.7 (2)"
+    assert row(page, "Witches' Brew", "2")[0] == "1 of 2 draws"
     assert row(page, "Witches' Brew", tables.DETECTORS["default"])[3] == "20.0 (1)"
 
 
 def test_published_figures_stand_beside_their_own_attack_alone() -> None:
     cells = {f"cifar10/0/{attack}": cell(f"cifar10/0/{attack}") for attack in ("badnets", "smooth")}
-    for record in cells.values():
-        record["detectors"]["ekfac"] = record["detectors"]["ekfac_5"] = {
-            "all": quality(0.5), "predicted_label": quality(0.5), "seconds": 1.0
-        }  # fmt: skip
+    for name, record in cells.items():
+        for detector in ("ekfac", "ekfac_5"):
+            record["detectors"][detector] = found(name, detector, cpu_seconds=1.0)
     page = tables.page(cells)
     assert row(page, "BadNet", tables.DETECTORS["ekfac"])[-1] == "2.8 / 67.1"
     assert row(page, "smooth trigger", tables.DETECTORS["ekfac"])[-1] == "2.9 / 100"
@@ -81,6 +117,25 @@ def test_collapse_is_judged_seed_by_seed() -> None:
     cells = {f"cifar10/{s}/badnets": cell("cifar10/0/badnets") for s in range(2)}
     cells["cifar10/1/badnets"]["repairs"]["default/eu"]["accuracy"] = 0.5
     assert "1 of 2" in row(tables.page(cells), "BadNet", "EU")
+    cells["cifar10/0/badnets"]["repairs"]["default/eu"]["psr"] = 0.2
+    page = tables.page(cells)
+    assert "0 of 2" in row(page, "BadNet", "EU")
+    assert row(page, "BadNet", "before")[:3] == [
+        "100.0 ± 0.0 (2)",
+        "85.0 ± 0.0 (2)",
+        "10.0 ± 0.0 (2)",
+    ]
+
+
+def test_counterfactuals_count_trainings() -> None:
+    name = "cifar10/0/witches_brew"
+    cells = {name: cell(name)}
+    cells[name]["detectors"]["default"]["counterfactual"] = {
+        part: {"removed": 7, "psr": [1.0, 0.0, 1.0], "accuracy": [0.7, 0.8, 0.9]}
+        for part in tables.COUNTERFACTUALS
+    }
+    shown = row(tables.page(cells), "poison that is not flagged")
+    assert shown == ["100", "7.0 (1)", "2 of 3", "80.0 ± 10.0 (3)"]
 
 
 def test_records_of_other_parameters_are_dropped(tmp_path: Path) -> None:
@@ -88,13 +143,15 @@ def test_records_of_other_parameters_are_dropped(tmp_path: Path) -> None:
     good, stale = cell("cifar10/0/badnets"), cell("cifar10/0/badnets")
     stale["settings"] = "other"
     good["repairs"]["default/cf"] = good["repairs"]["default/eu"]  # of other settings
+    good["detectors"]["zap"] = good["detectors"]["default"]  # gone
     store.write_text(json.dumps({"cells": {
         "cifar10/0/badnets": good, "cifar10/1/badnets": stale, "mars/0/badnets": good,
     }}))  # fmt: skip
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(MATRIX))
+    shutil.copy(paper_cells.HOME / "params.yaml", tmp_path)
     kept = paper_cells.gather(tmp_path, store)
     assert list(kept) == ["cifar10/0/badnets"]
     assert set(kept["cifar10/0/badnets"]["repairs"]) == {"default/eu", "truth/eu"}
+    assert set(kept["cifar10/0/badnets"]["detectors"]) == {"default"}
 
 
 def test_a_misspelt_figure_is_an_error() -> None:

@@ -156,6 +156,15 @@ def test_schedules_stay_below_the_peak(schedule: str) -> None:
     assert schedule == "constant" or rates[-1] < 0.02
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.01, 0.5])
+def test_warm_up_takes_its_share_of_the_steps(warmup: float) -> None:
+    recipe = Recipe(epochs=1, learning_rate=0.5, warmup=warmup)
+    rates = [learning_rate_at(recipe, step / 1000) for step in range(1000)]
+    assert rates.index(max(rates)) == 1000 * warmup
+    assert max(rates) == 0.5
+    assert rates[(1000 + round(1000 * warmup)) // 2] == pytest.approx(0.25, rel=0.01)
+
+
 def test_dropout_is_seeded_and_torch_is_left_alone(split: Split) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 4))
     state = torch.random.get_rng_state()
