@@ -1,9 +1,7 @@
-"""Per-sample gradients in the eigenbasis, by the cheapest order of products.
+"""Per-sample gradients in the eigenbasis, in any order of products.
 
 In the eigenbasis the gradient of sample n is ``(S Qs)^T (A Qa)`` with activations `A`
-``[t, i]`` and output gradients `S` ``[t, o]``. The products may be taken in any order. On
-wide layers with few positions rotating first is 30 times cheaper, on narrow layers with many
-positions 6 times dearer, so every layer gets its own.
+``[t, i]`` and output gradients `S` ``[t, o]``.
 """
 
 from collections.abc import Iterator
@@ -14,112 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from defense.influence.borders import rotated_windows, worthwhile
-from defense.influence.layers import Shape, Trace, activations, output_gradients
+from defense.influence.layers import Trace, activations, output_gradients
+from defense.influence.orders import (
+    GROUP,
+    TILE,
+    Frame,
+    Gramian,
+    Grid,
+    Order,
+    balanced,
+    rotates_late,
+)
 from defense.influence.products import Workspace, outer_each, packed, product
-
-# Time of one multiply-add of a batched product, and of writing and reading one element of a
-# per-sample gradient, in multiply-adds of one large product.
-BATCHED = 2.0
-ELEMENT = 32.0
-
-GROUP = 5 * 2**20  # elements of the activations that are treated together
-TILE = 2**22  # elements of the per-sample gradients that are held together
-LARGE_TILE = 7 * 2**20  # the same where each is multiplied by a wide matrix; below 32 MiB
-
-
-@dataclass(frozen=True)
-class Order:
-    """When to rotate: before contracting over positions, or the gradient afterwards."""
-
-    inputs_first: bool
-    outputs_first: bool
-
-    def cost(self, shape: Shape) -> float:
-        """Time per sample, in multiply-adds of a large product."""
-        t, o, i = shape.positions, shape.outputs, shape.inputs
-        inputs = t * i * i if self.inputs_first else o * i * i + ELEMENT * o * i
-        outputs = t * o * o if self.outputs_first else BATCHED * o * o * i + ELEMENT * o * i
-        return shape.groups * (inputs + outputs + BATCHED * t * o * i + ELEMENT * o * i)
-
-    def __str__(self) -> str:
-        """Name the order."""
-        names = {
-            (True, True): "rotate first",
-            (True, False): "inputs first",
-            (False, True): "outputs first",
-            (False, False): "gradient first",
-        }
-        return names[self.inputs_first, self.outputs_first]
-
-
-ORDERS = tuple(Order(a, b) for a in (True, False) for b in (True, False))
-
-
-@dataclass(frozen=True)
-class Gramian:
-    """Squared gradients from products of pairs of positions, without forming the gradients."""
-
-    def cost(self, shape: Shape) -> float:
-        """Time per sample, in multiply-adds of a large product."""
-        t, o, i = shape.positions, shape.outputs, shape.inputs
-        pairs = t * (t + 1) // 2
-        return shape.groups * (t * i * i + t * o * o + pairs * (o * i + ELEMENT * (o + i)))
-
-    def __str__(self) -> str:
-        """Name the order."""
-        return "Gramian"
-
-
-def cheapest(shape: Shape) -> Order:
-    """Choose the order for gradients themselves."""
-    return min(ORDERS, key=lambda order: order.cost(shape))
-
-
-def cheapest_squares(shape: Shape) -> Order | Gramian:
-    """Choose the order for sums of squared gradients."""
-    ways: tuple[Order | Gramian, ...] = (*ORDERS, Gramian())
-    return min(ways, key=lambda order: order.cost(shape))
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Sides on which rows are rotated to meet queries; on the others queries are rotated back.
-
-    With few rows it is cheaper to rotate the rows, with many the queries.
-    """
-
-    inputs: bool
-    outputs: bool
-
-    @classmethod
-    def of(cls, shape: Shape, rows: int, queries: int, norms: bool) -> "Frame":
-        """Choose one.
-
-        Args:
-            shape: Sizes of the layer.
-            rows: Number of rows.
-            queries: Number of queries, times dampings.
-            norms: Whether the norms of the rows are wanted, which need the eigenbasis.
-        """
-        t, o, i = shape.positions, shape.outputs, shape.inputs
-        return cls(norms or rows * min(t, o) < queries * o, norms or rows * t < queries * i)
-
-    def cost(self, shape: Shape, rows: int, queries: int) -> float:
-        """Time of all rotations, in multiply-adds of a large product."""
-        t, o, i = shape.positions, shape.outputs, shape.inputs
-        inputs = i * i * (rows * min(t, o) if self.inputs else queries * o)
-        outputs = o * o * (rows * t if self.outputs else queries * i)
-        return shape.groups * (inputs + outputs)
-
-    def __str__(self) -> str:
-        """Name it."""
-        names = {
-            (True, True): "rows rotated",
-            (True, False): "rows' inputs rotated",
-            (False, True): "rows' outputs rotated",
-            (False, False): "queries rotated back",
-        }
-        return names[self.inputs, self.outputs]
 
 
 class Rotation:
@@ -194,18 +98,6 @@ class Basis:
         return cls(*(Rotation(side, place, dtype) for side in sides))
 
 
-def balanced(count: int, limit: int) -> Iterator[slice]:
-    """Cut `count` rows into even parts of at most `limit`."""
-    parts = -(-count // max(1, limit))
-    for part in range(parts):
-        yield slice(count * part // parts, count * (part + 1) // parts)
-
-
-def tile_outputs(shape: Shape, rows: int) -> int:
-    """Outputs of a tile that spans `rows` samples."""
-    return max(1, min(shape.outputs, TILE // (rows * shape.groups * shape.inputs)))
-
-
 def gradients(
     trace: Trace,
     basis: Basis,
@@ -236,34 +128,32 @@ def gradients(
 
 
 def tiles(
-    trace: Trace, basis: Basis, frame: Frame, outputs: int, dtype: torch.dtype, space: Workspace
+    trace: Trace, basis: Basis, frame: Frame, grid: Grid, dtype: torch.dtype, space: Workspace
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Yield per-sample gradients ``[m, g, outputs, i]`` of many samples and few outputs.
+    """Yield per-sample gradients ``[m, g, outputs, inputs]`` of many samples, tile by tile.
 
     Args:
         trace: What the layer saw.
         basis: Rotations of the sides the frame names.
         frame: Which sides to rotate.
-        outputs: Width of a tile.
+        grid: How they are cut; made for the shape of this trace.
         dtype: Precision of the products, and of the result.
         space: Holds the result until the next one is asked for.
 
     Yields:
         The samples, the number of the tile, and the tile.
     """
-    shape = trace.shape
-    early = frame.inputs and shape.positions <= shape.outputs
-    order = Order(inputs_first=early, outputs_first=frame.outputs)
-    sides = _sides(trace, basis, order, dtype, space)
-    if outputs >= shape.outputs:  # the batch fits into one tile
+    shape, late = trace.shape, rotates_late(trace.shape, frame)
+    order = Order(inputs_first=frame.inputs and not late, outputs_first=frame.outputs)
+    sides, cells = _sides(trace, basis, order, dtype, space), grid.cells(shape)
+    if len(cells) == 1:  # the batch fits into one tile
         parts = _whole(trace, sides, dtype, space)
     else:
         parts = (
-            (group, number, _gradient(a, s[..., start : start + outputs], space))
+            (group, number, _gradient(a[..., inputs], s[..., outputs], space))
             for group, a, s in sides
-            for number, start in enumerate(range(0, shape.outputs, outputs))
+            for number, (outputs, inputs) in enumerate(cells)
         )
-    late = frame.inputs and not early
     for group, number, gradient in parts:
         yield group, number, basis.inputs(gradient) if late else gradient
 

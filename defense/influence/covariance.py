@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.influence.contraction import GROUP, balanced
 from defense.influence.layers import Trace, activations, output_gradients
+from defense.influence.orders import GROUP, balanced
 from defense.influence.products import WIDE, Workspace, outer
 
 PANEL = 512  # columns of a panel of a symmetric product

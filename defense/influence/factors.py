@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model
 from defense.compute import batches, progress, timed
 from defense.errors import DataError, NumericalError
-from defense.influence.contraction import Basis, add_squares, cheapest_squares
+from defense.influence.contraction import Basis, add_squares
 from defense.influence.covariance import Autocorrelation, Covariance, Gram, shifted_size
 from defense.influence.eigen import eigenvectors
 from defense.influence.forecast import Memory, forecast_factors
 from defense.influence.layers import Trace, coverage
 from defense.influence.network import Network
+from defense.influence.orders import cheapest_squares
 from defense.influence.products import Workspace, heavy_dtype, provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Side = Literal["activation", "gradient"]
 SIDES: tuple[Side, Side] = ("activation", "gradient")
+
+NUDGE = 0.05  # of a draw; bfloat16 moved no cumulated probability of a trained network by more
 
 
 class FactorSettings(Method):
@@ -136,8 +139,7 @@ class _Fit:
         self.done: dict[str, int] = {}
         self.rows = np.arange(len(images))
         self.left_out = 0.0
-        self.mass = torch.zeros(len(images), dtype=torch.float64)
-        self.drawn: Tensor | None = None  # targets of the pass that weighed the rows
+        self.weights = torch.zeros(3, len(images), dtype=torch.float64)  # see `weigh_roughly`
         self.sums: dict[str, Covariance] = {}
         self.bases: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -180,7 +182,7 @@ class _Fit:
         if state is not None:
             place = self.network.place
             self.batch_size = state["batch_size"]
-            self.done, self.mass, self.drawn = state["done"], state["mass"], state["drawn"]
+            self.done, self.weights = state["done"], state["weights"]
             for key, parts in state["covariances"].items():
                 self.sums[key] = self.covariance(key, state["sizes"][key])
                 self.sums[key].parts = _placed(parts, place)
@@ -193,8 +195,7 @@ class _Fit:
             {
                 "batch_size": self.batch_size,
                 "done": self.done,
-                "mass": self.mass,
-                "drawn": self.drawn,
+                "weights": self.weights,
                 "covariances": {key: sums.parts for key, sums in self.sums.items()},
                 "sizes": {key: sums.size for key, sums in self.sums.items()},
                 "bases": self.bases,
@@ -213,20 +214,13 @@ class _Fit:
     def outputs(self, network: Network, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Run a batch: outputs, and gradients of the loss the Fisher matrix is made of."""
         outputs, targets = network.rows(self.images, rows)
-        if self.settings.fisher == "sampled":
-            targets = self.targets(outputs.detach(), torch.from_numpy(rows))
-        return outputs, cotangents(self.task.loss, outputs, targets)
+        return outputs, self.slopes(outputs, targets, self.draws[torch.from_numpy(rows)])
 
-    def targets(self, outputs: Tensor, rows: Tensor) -> Tensor:
-        """Draw the targets of some rows; those a row was weighed by stay as they are."""
-        if self.drawn is not None and self.done.get("activations") == len(self.images):
-            return self.drawn[rows].to(outputs.device)
-        targets = self.task.sample(outputs, self.draws[rows].to(outputs.device))
-        if self.settings.tier == "fast":
-            if self.drawn is None:
-                self.drawn = targets.new_zeros(len(self.images), *targets.shape[1:], device="cpu")
-            self.drawn[rows] = targets.cpu()
-        return targets
+    def slopes(self, outputs: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
+        """Differentiate the loss of targets that are drawn, unless the Fisher is empirical."""
+        if self.settings.fisher == "sampled":
+            targets = self.task.sample(outputs.detach(), draws.to(outputs.device))
+        return cotangents(self.task.loss, outputs, targets)
 
     def covariance(self, key: str, size: tuple[int, int] | None) -> Covariance:
         """Start the sum of one side of a layer, shifting inputs of a size or copying patches."""
@@ -255,7 +249,7 @@ class _Fit:
             self.network.backward(*self.outputs(self.network, rows), visit)
 
     def activation_covariances(self) -> None:
-        """Sum the activation side in forward passes, and weigh every row's loss gradient.
+        """Sum the activation side in forward passes, and weigh every row roughly.
 
         They only choose a basis and rows, so that the network may run in bfloat16, too.
         """
@@ -263,21 +257,34 @@ class _Fit:
         network = Network(self.model, self.settings.exclude, dtype)
         for rows in self.steps("activations"):
             with torch.no_grad():
-                _, slope = self.outputs(network, rows)
-                self.mass[torch.from_numpy(rows)] = slope.double().square().sum(1).cpu()
+                self.weigh_roughly(network, rows)
                 network.forward(lambda name, trace: self.add(name, "activation", trace, dtype))
+
+    def weigh_roughly(self, network: Network, rows: NDArray[np.int64]) -> None:
+        """Note the squared loss gradients of rows, and the largest of them for nudged draws."""
+        outputs, targets = network.rows(self.images, rows)
+        draws = self.draws[torch.from_numpy(rows)]
+        nudged = [(draws + nudge).clamp(0, 1) for nudge in (0, -NUDGE, NUDGE)]
+        weights = torch.stack([_squared(self.slopes(outputs, targets, one)) for one in nudged])
+        self.weights[0, rows] = weights[0]
+        self.weights[1, rows] = weights.amax(0)
 
     def leave_out(self, tolerance: float) -> None:
         """Keep the rows with the largest loss gradients that hold all but `tolerance` of them.
 
         Everything that is left to sum is linear in the squared gradient of a row, and a row
-        the model is sure of has next to none.
+        the model is sure of has next to none. Rows that a nudge of their draw makes heavy are
+        weighed by the network in full precision: rounding must not decide on their labels.
         """
-        order = self.mass.argsort(descending=True, stable=True)
-        held = self.mass[order].cumsum(0) / self.mass.sum()
-        count = int((held < 1 - tolerance).sum()) + 1
-        self.rows = order[:count].sort().values.numpy()
-        self.left_out = max(0.0, float(1 - held[min(count, len(held)) - 1]))
+        rough, bound, weights = self.weights
+        self.rows = _heaviest(bound, tolerance * float(rough.sum()))
+        for rows in self.steps("labels"):
+            with torch.no_grad():
+                weights[rows] = _squared(self.outputs(self.network, rows)[1])
+        known = rough.clone()
+        known[self.rows] = weights[self.rows]
+        self.rows = _heaviest(known, tolerance * float(known.sum()))
+        self.left_out = max(0.0, 1 - float(known[self.rows].sum() / known.sum()))
 
     def gradient_covariances(self) -> None:
         """Sum the output gradients' side."""
@@ -328,3 +335,15 @@ def _placed(values: Any, place: torch.device) -> Any:
     if isinstance(values, Tensor):
         return values.to(place)
     return {name: _placed(value, place) for name, value in values.items()}
+
+
+def _squared(slopes: Tensor) -> Tensor:
+    return slopes.double().square().sum(1).cpu()
+
+
+def _heaviest(weights: Tensor, rest: float) -> NDArray[np.int64]:
+    """Return the fewest rows, in order, without which the weights sum up to `rest` at most."""
+    order = weights.argsort(descending=True, stable=True)
+    tails = weights[order].flip(0).cumsum(0).flip(0)
+    count = max(1, int((tails > rest).sum()))
+    return order[:count].sort().values.numpy()

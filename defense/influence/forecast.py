@@ -14,7 +14,9 @@ from torch import Tensor
 
 from defense.compute import trim_memory
 from defense.errors import DefenseError
-from defense.influence.contraction import (
+from defense.influence.layers import Shape, Trace
+from defense.influence.network import Network
+from defense.influence.orders import (
     BATCHED,
     GROUP,
     LARGE_TILE,
@@ -23,8 +25,6 @@ from defense.influence.contraction import (
     cheapest,
     cheapest_squares,
 )
-from defense.influence.layers import Shape, Trace
-from defense.influence.network import Network
 from defense.influence.products import product
 from defense.records import ImageSet, Tier
 
@@ -182,9 +182,11 @@ class ScoreForecast(Forecast):
 
     Attributes:
         frames: Sides on which rows are rotated, by name of the layer.
+        shapes: Sizes of every layer's per-sample gradient, of the rows.
     """
 
     frames: Mapping[str, Frame]
+    shapes: Mapping[str, Shape]
 
 
 def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Memory) -> Forecast:
@@ -216,7 +218,7 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
     )
     seconds = len(images) * each + 8 * solved / known.macs_per_second
     gib = (resident() + fixed + batch * known.row_bytes) / GIB
-    num_passes = 2 if tier == "exact" else 3
+    num_passes = 2 if tier == "exact" else 4
     return Forecast(f"EK-FAC factors, {tier}", orders, batch, num_passes, seconds, gib)
 
 
@@ -268,7 +270,7 @@ def forecast_scores(
     seconds = rows * known.row_seconds * passes + work
     gib = (resident() + fixed + load.count * each_query / passes + batch * known.row_bytes) / GIB
     what = f"scores, {held:,} queries"
-    return ScoreForecast(what, orders, batch, passes, seconds, gib, frames)
+    return ScoreForecast(what, orders, batch, passes, seconds, gib, frames, known.shapes)
 
 
 def _passes(

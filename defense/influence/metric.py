@@ -7,16 +7,9 @@ import torch
 from torch import Tensor
 
 from defense.errors import NumericalError
-from defense.influence.contraction import (
-    LARGE_TILE,
-    Basis,
-    Frame,
-    cheapest,
-    gradients,
-    tile_outputs,
-    tiles,
-)
+from defense.influence.contraction import Basis, gradients, tiles
 from defense.influence.layers import Shape, Trace
+from defense.influence.orders import LARGE_TILE, Frame, Grid, cheapest
 from defense.influence.products import Workspace, heavy_dtype, product
 from defense.records import Factors
 
@@ -65,21 +58,29 @@ class Metric:
             )
         return mean
 
-    def weight(self, name: str, damping: float, outputs: slice = slice(None)) -> Tensor:
-        """Inverse damped eigenvalues of a layer, of some of its outputs: ``[g, o, i]``."""
-        eigenvalues = self.layers[name].lambda_matrix[:, outputs].to(self.place, self.wide)
+    def weight(
+        self, name: str, damping: float, cell: tuple[slice, slice] = (slice(None), slice(None))
+    ) -> Tensor:
+        """Inverse damped eigenvalues of a layer, of some outputs and inputs: ``[g, o, i]``."""
+        chosen = self.layers[name].lambda_matrix[:, cell[0], cell[1]]
+        eigenvalues = chosen.to(self.place, self.wide)
         return 1 / (eigenvalues + damping * self.means[name])
 
 
 class QuerySide:
-    """Preconditioned gradients of `q` queries, by layer, cut into tiles of outputs.
+    """Preconditioned gradients of `q` queries, by layer, cut into tiles.
 
     Attributes:
         norms: ``[d, q]``; ``u^T H^-1 u`` of every query.
     """
 
     def __init__(
-        self, metric: Metric, count: int, batch_size: int, frames: Mapping[str, Frame]
+        self,
+        metric: Metric,
+        count: int,
+        batch_size: int,
+        frames: Mapping[str, Frame],
+        shapes: Mapping[str, Shape],
     ) -> None:
         """Make room for queries.
 
@@ -88,9 +89,13 @@ class QuerySide:
             count: Number of queries.
             batch_size: Rows they will be contracted with at a time.
             frames: On which sides the rows of a layer are rotated, by name of the layer.
+            shapes: Sizes of the layers, of the rows.
         """
-        self.metric, self.count, self.batch_size = metric, count, batch_size
+        self.metric, self.count = metric, count
         self.frames = {name: frame for name, frame in frames.items() if name in metric.layers}
+        self.grids = {
+            name: Grid.of(shapes[name], frame, batch_size) for name, frame in self.frames.items()
+        }
         self.tiles: dict[str, list[Tensor]] = {}
         size = len(metric.dampings), count
         self.norms = torch.zeros(size, dtype=metric.wide, device=metric.place)
@@ -119,11 +124,10 @@ class QuerySide:
                 self._store(name, trace.shape, number * self.count + place, plain)
 
     def _store(self, name: str, shape: Shape, first: int, gradient: Tensor) -> None:
-        """Keep gradients ``[m, g, o, i]`` in tiles ``[len, g, outputs, i]``."""
-        step = tile_outputs(shape, self.batch_size)
+        """Keep gradients ``[m, g, o, i]`` in tiles ``[len, g, outputs, inputs]``."""
         tiles = self.tiles.setdefault(name, [])
-        for number, start in enumerate(range(0, shape.outputs, step)):
-            piece = gradient[:, :, start : start + step]
+        for number, (outputs, inputs) in enumerate(self.grids[name].cells(shape)):
+            piece = gradient[:, :, outputs, inputs]
             if number == len(tiles):
                 tiles.append(piece.new_empty(len(self), *piece.shape[1:]))
             tiles[number][first : first + len(piece)] = piece
@@ -139,13 +143,13 @@ class QuerySide:
         """
         if name not in self.frames:
             return
-        metric, known, frame = self.metric, self.tiles[name], self.frames[name]
-        width = known[0].shape[2]
-        parts = tiles(trace, metric.basis(name), frame, width, metric.dtype, metric.space)
+        metric, known = self.metric, self.tiles[name]
+        frame, grid = self.frames[name], self.grids[name]
+        cells = grid.cells(trace.shape)
+        parts = tiles(trace, metric.basis(name), frame, grid, metric.dtype, metric.space)
         for part, number, gradient in parts:
             block[:, part] += product(known[number].flatten(1), gradient.flatten(1))
             if norms is not None:
-                outputs = slice(number * width, (number + 1) * width)
                 squares = gradient.to(metric.wide).square().flatten(1)
                 for place, damping in zip(norms, metric.dampings, strict=True):
-                    place[part] += squares @ metric.weight(name, damping, outputs).flatten()
+                    place[part] += squares @ metric.weight(name, damping, cells[number]).flatten()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model, release
 from defense.compute import batches, timed, trim_memory
 from defense.errors import ArtifactError, DataError
-from defense.influence.contraction import balanced
 from defense.influence.forecast import Memory, QueryLoad, ScoreForecast, forecast_scores
 from defense.influence.metric import Metric, QuerySide
 from defense.influence.network import Network
+from defense.influence.orders import balanced
 from defense.influence.products import provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
 from defense.method import Method
@@ -264,7 +264,8 @@ class _Scorer:
         norms: bool,
     ) -> None:
         self.network, self.metric, self.task = network, metric, task
-        self.images, self.frames, self.norms = images, plan.frames, norms
+        self.images, self.norms = images, norms
+        self.frames, self.shapes = plan.frames, plan.shapes
         self.batch_size, self.num_passes = plan.batch_size, plan.num_passes
         kind = np.dtype(np.float64 if network.dtype == torch.float64 else np.float32)
         self.scale: Reals = np.zeros(len(images), dtype=kind)
@@ -302,7 +303,7 @@ class _Scorer:
 
     def query_side(self, images: Tensor, labels: Tensor) -> QuerySide:
         """Precondition the measure gradients of some queries."""
-        side = QuerySide(self.metric, len(labels), self.batch_size, self.frames)
+        side = QuerySide(self.metric, len(labels), self.batch_size, self.frames, self.shapes)
         for rows in batches(len(labels), self.batch_size, label="queries"):
             outputs = self.network.outputs(images[rows])
             wanted = labels[rows].to(self.network.place)

@@ -4,22 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense.influence import contraction, products
+from defense.influence import contraction, orders, products
 from defense.influence.borders import worthwhile
-from defense.influence.contraction import (
-    ORDERS,
-    Basis,
-    Frame,
-    Gramian,
-    Rotation,
-    add_squares,
-    cheapest,
-    cheapest_squares,
-    gradients,
-    tiles,
-)
+from defense.influence.contraction import Basis, Rotation, add_squares, gradients, tiles
 from defense.influence.covariance import Autocorrelation, Gram, shifted_size
 from defense.influence.layers import Shape, Trace, activations
+from defense.influence.orders import (
+    ORDERS,
+    Frame,
+    Gramian,
+    Grid,
+    cheapest,
+    cheapest_squares,
+)
 from defense.influence.products import Workspace
 from tests.parity.layout import per_sample_gradient
 
@@ -128,19 +125,24 @@ def test_every_order_gives_the_same_squares(order, problem) -> None:
     torch.testing.assert_close(total, expected.square().sum(0), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("room", [2**4, 2**8, 2**20])
 @pytest.mark.parametrize("frame", FRAMES, ids=str)
-def test_tiles_are_rotated_on_the_sides_of_the_frame(frame, width, problem, monkeypatch) -> None:
+def test_tiles_are_rotated_on_the_sides_of_the_frame(frame, room, problem, monkeypatch) -> None:
     trace, basis, expected = problem
+    monkeypatch.setattr(orders, "TILE", room)
+    monkeypatch.setattr(orders, "BLOCK", 2)
+    grid = Grid.of(trace.shape, frame, len(trace))
+    cells = grid.cells(trace.shape)
+    assert (len(cells) == 1) == (room == 2**20)
     if not frame.inputs:
         expected = expected @ basis.inputs.source
     if not frame.outputs:
         expected = basis.outputs.source.transpose(1, 2) @ expected
     monkeypatch.setattr(contraction, "GROUP", 2 * trace.positions * trace.shape.inputs)
     result = torch.full_like(expected, torch.nan)
-    parts = tiles(trace, basis, frame, width, torch.float64, Workspace())
+    parts = tiles(trace, basis, frame, grid, torch.float64, Workspace())
     for samples, number, tile in parts:
-        result[samples, :, number * width : (number + 1) * width] = tile
+        result[samples, :, *cells[number]] = tile
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 

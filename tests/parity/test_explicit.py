@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.influence import contraction, scores
-from defense.influence.contraction import Frame
+from defense.influence import orders, scores
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.layers import find_layers
+from defense.influence.orders import Frame
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION
 from defense.records import ImageSet, Queries
@@ -158,11 +158,11 @@ def test_lambda_is_the_second_moment_in_the_basis(model: nn.Module) -> None:
         )
 
 
-@pytest.mark.parametrize("tile", [300, contraction.TILE])
+@pytest.mark.parametrize("tile", [300, orders.TILE])
 def test_scores_and_norms_are_those_of_the_dense_inverse(
     model: nn.Module, tile: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(contraction, "TILE", tile)
+    monkeypatch.setattr(orders, "TILE", tile)
     images = set_of()
     queries, factors = queries_of(images), fit(model, images)
     rows = gradients_of(model, CLASSIFICATION.measure, images.images(), images.targets())
@@ -190,9 +190,9 @@ def test_scores_and_norms_are_those_of_the_dense_inverse(
         torch.testing.assert_close(loss[name], -scale * rows[name], rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("tile", [300, contraction.TILE])
+@pytest.mark.parametrize("tile", [300, orders.TILE])
 def test_every_frame_gives_the_same_scores(model: nn.Module, tile: int, monkeypatch) -> None:
-    monkeypatch.setattr(contraction, "TILE", tile)
+    monkeypatch.setattr(orders, "TILE", tile)
     images = set_of()
     queries, factors = queries_of(images), fit(model, images)
     eigenbasis = compute_influence(model, factors, queries, images, SETTINGS, self_influence=True)

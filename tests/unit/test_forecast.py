@@ -47,7 +47,7 @@ def test_orders_time_and_memory_are_told_first(caplog: pytest.LogCaptureFixture)
     ]  # fmt: skip
     factors, scores = (r.getMessage() for r in caplog.records if not hasattr(r, "phase"))
     assert factors.startswith("EK-FAC factors, fast: about ")
-    assert "GiB in 3 passes with batches of 64" in factors
+    assert "GiB in 4 passes with batches of 64" in factors
     assert "4  4 x 129 at 1 positions  lambda Gramian" in factors
     assert scores.startswith("scores, 12 queries: about ")
     assert "0  8 x 28 at 256 positions  queries " in scores
