@@ -41,10 +41,11 @@ from benchmarks.kronfluence_peer import measure_peer
 from benchmarks.record import save
 from defense.artifacts import write_json
 from defense.attacks.badnets import BadNets
-from defense.checkpoints import source_digest
+from defense.checkpoints import digest_of_images, source_digest
 from defense.compute import seeded, trim_memory
 from defense.datasets.folder import Folder
 from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.forecast import Forecast
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.store import StoreSettings, build_store, load_store, probe_rows, query_store
@@ -68,6 +69,7 @@ DAMPING = 0.1  # times the mean Lambda of a layer, kronfluence's own default
 SOURCES = source_digest(HOME, HOME / "influence", Path(__file__).parent)
 CODE = hashlib.sha256(SOURCES).hexdigest()[:12]  # results of other code are not used
 RECIPE = Recipe(epochs=30, batch_size=128, learning_rate=0.2, shift=2, flip=True, precision="bf16")
+TRAINED = source_digest(*(HOME / part for part in ("models", "attacks", "datasets", "training.py")))
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def prepare(name: str, planted: PoisonedSplit, work: Path) -> Problem:
     """Train a network, or load it, and draw distinct queries from one triggered image."""
     rows = planted.train
     model = build_model(NETWORKS[name], rows.shape, rows.num_classes, seeded(0, "init"))
-    place = work / name
+    settings = f"{NETWORKS[name].model_dump_json()} {RECIPE.model_dump_json()}".encode()
+    key = hashlib.sha256(TRAINED + settings + digest_of_images(rows)).hexdigest()[:12]
+    place = work / f"{name}-model-{key}"
     if place.is_dir():
         load_weights(place, model)
     else:
@@ -137,16 +141,19 @@ def step_seconds(model: nn.Module, images: ImageSet, repeats: int = 8) -> float:
 
 
 class Phases(logging.Handler):
-    """Collects how long every phase took from the log."""
+    """Collects how long every phase took, and was to take in all, from the log."""
 
     def __init__(self) -> None:
         """Start empty."""
         super().__init__(logging.INFO)
         self.seconds: dict[str, float] = {}
+        self.forecast = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note a phase."""
+        """Note a phase or a forecast."""
         facts = vars(record)
+        if isinstance(record.args, tuple) and record.args and isinstance(record.args[0], Forecast):
+            self.forecast += record.args[0].seconds
         if "phase" in facts:
             self.seconds[facts["phase"]] = facts["seconds"]
 
@@ -188,8 +195,10 @@ def measure_ours(problem: Problem, tier: str, count: int, folder: Path) -> dict[
         "queries": seconds["queries"],
         "scores": seconds["queries"] + seconds["rows"],
         "total": total,
+        "forecast": phases.forecast,
         "rows_differentiated": factors.num_differentiated,
         "left_out": factors.left_out,
+        "error": factors.error,
     }
 
 

@@ -4,19 +4,21 @@ import hashlib
 import inspect
 import math
 import mmap
+import sys
 import tempfile
 import time
 import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from defense.records import ImageSet
 
@@ -121,14 +123,14 @@ def digest_of_model(model: nn.Module) -> bytes:
     """Digest a model's structure, code and weights."""
     digest = hashlib.sha256(_structure(model))
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name} {_numbers(value)}".encode())
     return digest.digest()
 
 
 def digest_of_images(images: ImageSet) -> bytes:
     """Digest every pixel and label of a set."""
-    digest = hashlib.sha256(np.ascontiguousarray(images.labels).data)
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(np.ascontiguousarray(images.labels).data)
     rows = max(1, CHUNK_BYTES // math.prod(images.shape))
     for start in range(0, len(images), rows):
         digest.update(images.uint8(slice(start, start + rows)).data)
@@ -141,28 +143,56 @@ def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
 
 
 def _structure(model: nn.Module) -> bytes:
-    """Describe every module: its class with its source, and its own attributes."""
+    """Describe every module: its class with its source, its own attributes, and its hooks."""
     usual = vars(nn.Module()).keys()
     facts, sources = [], {}
     for name, module in model.named_modules():
-        kind = type(module)
-        own = {key: _told(value) for key, value in vars(module).items() if key not in usual}
-        facts.append((name, kind.__module__, kind.__qualname__, sorted(own.items())))
+        kind, seen = type(module), {id(module)}
+        own = {key: value for key, value in vars(module).items() if key not in usual}
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        told = [(key, _told(value, seen)) for key, value in sorted(own.items())]
+        facts.append((name, kind.__module__, kind.__qualname__, told, _told(hooks, seen)))
         sources[kind.__qualname__] = source_of(kind)
     return repr((facts, sorted(sources.items()))).encode()
 
 
-def _told(value: Any) -> str:
-    """Tell what an attribute does to a forward pass, without addresses of this process."""
+def _told(value: Any, seen: set[int]) -> str:
+    """Tell what an attribute does to a forward pass, without addresses of this process.
+
+    What was `seen`, on the way to a value that contains itself, is told once.
+    """
     if isinstance(value, PLAIN):
         return repr(value)
+    if id(value) in seen:
+        return "as above"
+    inside = seen | {id(value)}
+    if isinstance(value, Tensor | np.ndarray):
+        return _numbers(value)
     if isinstance(value, dict):
-        return repr([(_told(key), _told(entry)) for key, entry in value.items()])
+        return repr([(_told(key, inside), _told(entry, inside)) for key, entry in value.items()])
     if isinstance(value, list | tuple):
-        return repr([_told(entry) for entry in value])
+        return repr([_told(entry, inside) for entry in value])
+    if isinstance(value, partial):
+        return _told([value.func, value.args, value.keywords], inside)
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__} {_source(value)}"
-    return type(value).__qualname__
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        parts = [getattr(value, "__defaults__", None), getattr(value, "__self__", None), cells]
+        name = f"{value.__module__}.{value.__qualname__}"
+        return f"{name} {_source(value)} {_told(parts, inside)}"
+    kind = type(value)
+    if isinstance(value, torch.dtype | torch.device):
+        return repr(value)
+    if kind.__module__.split(".")[0] in sys.stdlib_module_names:  # loggers, locks, modules
+        return kind.__qualname__
+    return (
+        f"{kind.__qualname__} {source_of(kind)} {_told(getattr(value, '__dict__', None), inside)}"
+    )
+
+
+def _numbers(values: Tensor | NDArray[Any]) -> str:
+    tensor = torch.as_tensor(values).detach().cpu().contiguous()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def source_of(kind: type) -> str:

@@ -221,7 +221,9 @@ class Factors:
         coverage: Which parameters the layers hold.
         tier: ``exact`` or ``fast``.
         num_differentiated: Rows whose gradients were taken; those of the others are negligible.
-        left_out: Share of the squared loss gradients that those others hold.
+        left_out: Share of the squared loss gradients, at the outputs, that those others hold.
+        error: Share of a layer's Lambda that they hold, of the layer where it is largest;
+            estimated on a few of them.
         excluded: Names of the modules that were left out on request.
     """
 
@@ -232,6 +234,7 @@ class Factors:
     tier: Tier
     num_differentiated: int
     left_out: float
+    error: float
     excluded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -239,7 +242,8 @@ class Factors:
         return (
             f"{self.tier} tier, {len(self.layers)} layers with {self.coverage}; gradients of "
             f"{self.num_differentiated:,} of {self.num_examples:,} rows, the others hold "
-            f"{self.left_out:.2%} of the squared loss gradients"
+            f"{self.left_out:.2%} of the squared loss gradients, and at most about "
+            f"{self.error:.2%} of a layer's Lambda"
         )
 
 

@@ -156,6 +156,7 @@ def save_factors(path: Path, factors: Factors, *, inputs: Inputs) -> str:
         "tier": factors.tier,
         "num_differentiated": factors.num_differentiated,
         "left_out": factors.left_out,
+        "error": factors.error,
         "excluded": list(factors.excluded),
     }
     files = {"factors.safetensors": tensors(parts)}
@@ -179,6 +180,7 @@ def load_factors(path: Path) -> tuple[Factors, Manifest]:
         manifest.fact("tier"),
         manifest.fact("num_differentiated"),
         manifest.fact("left_out"),
+        manifest.fact("error"),
         tuple(manifest.fact("excluded")),
     )
     return facts, manifest

@@ -19,15 +19,10 @@ from defense.artifacts import open_artifact, write_artifact
 from defense.checkpoints import fingerprint
 from defense.compute import device
 from defense.errors import ArtifactError
+from defense.influence.digests import digest_of_factors, digest_of_queries
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.products import provenance
-from defense.influence.scores import (
-    Influence,
-    ScoreSettings,
-    compute_influence,
-    digest_of_factors,
-    digest_of_queries,
-)
+from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION, Task
 from defense.records import Factors, ImageSet, Queries
 from defense.storage import array, load_factors, read_array, save_factors

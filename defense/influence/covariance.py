@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.influence.layers import Trace, activations, output_gradients
+from defense.influence.layers import Layer, Trace, activations, output_gradients
 from defense.influence.orders import GROUP, balanced
 from defense.influence.products import WIDE, Workspace, outer
 
@@ -269,3 +269,10 @@ def shifted_size(trace: Trace) -> tuple[int, int] | None:
     shape = trace.shape
     copies = shape.positions * shape.inputs * (shape.inputs + PANEL) / 2
     return (height, width) if pixels * layer.in_channels**2 < copies else None
+
+
+def covariance(layer: Layer, side: str, size: tuple[int, int] | None) -> Covariance:
+    """Start the sum of one side of a layer, shifting inputs of a size or copying patches."""
+    if size is not None and isinstance(layer, nn.Conv2d):
+        return Autocorrelation(layer, *size)
+    return Gram(side)

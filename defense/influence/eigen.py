@@ -73,9 +73,9 @@ def _single(matrix: Tensor) -> Tensor | None:
     The solver errs by a share of the largest eigenvalue, which mixes eigenvectors of small
     ones. So the leading ones are found first and brought down to the size of the next.
     """
-    values, leading = _leading(matrix)
-    lower = leading * (values - LEVEL * values[:1])
     try:
+        values, leading = _leading(matrix)
+        lower = leading * (values - LEVEL * values[:1])
         deflated = matrix - product(lower, leading) if len(values) else matrix.clone()
         rows = _decompose(deflated).T  # as they lie in memory
     except torch.OutOfMemoryError:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,16 @@ from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model
 from defense.compute import batches, progress, timed
 from defense.errors import DataError, NumericalError
 from defense.influence.contraction import Basis, add_squares
-from defense.influence.covariance import Autocorrelation, Covariance, Gram, shifted_size
+from defense.influence.covariance import Covariance, covariance, shifted_size
 from defense.influence.eigen import eigenvectors
+from defense.influence.faithful import require_faithful
 from defense.influence.forecast import Memory, forecast_factors
 from defense.influence.layers import Trace, coverage
 from defense.influence.network import Network
 from defense.influence.orders import cheapest_squares
 from defense.influence.products import Workspace, heavy_dtype, provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
+from defense.influence.weighing import drawn_by_weight, heaviest, nudged, squared
 from defense.method import Method
 from defense.records import Factors, ImageSet, LayerFactors, Tier
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 Side = Literal["activation", "gradient"]
 SIDES: tuple[Side, Side] = ("activation", "gradient")
 
-NUDGE = 0.05  # of a draw; bfloat16 moved no cumulated probability of a trained network by more
+SAMPLE = 32  # rows left out on which the error is estimated
 
 
 class FactorSettings(Method):
@@ -97,6 +100,7 @@ def fit_factors(
     if not len(images):
         raise DataError("expected rows to fit the factors on, got none")
     network = Network(model, settings.exclude)
+    require_faithful(network, images)
     memory = Memory(settings.batch_size, settings.memory_limit)
     forecast = forecast_factors(network, images, settings.tier, memory)
     logger.info("%s", forecast)
@@ -113,7 +117,8 @@ def fit_factors(
         covered,
         settings.tier,
         len(fit.rows),
-        fit.left_out,
+        float(fit.rest.sum()) / (float(fit.weights.sum()) or 1.0),
+        fit.error,
         settings.exclude,
     )
 
@@ -138,8 +143,10 @@ class _Fit:
         self.checkpoint = Checkpoint(None)
         self.done: dict[str, int] = {}
         self.rows = np.arange(len(images))
-        self.left_out = 0.0
-        self.weights = torch.zeros(3, len(images), dtype=torch.float64)  # see `weigh_roughly`
+        self.weights = torch.zeros(len(images), dtype=torch.float64)  # of labels as drawn
+        self.bounds = torch.zeros_like(self.weights)  # the largest of nudged draws
+        self.rest = torch.zeros_like(self.weights)  # of the rows left out
+        self.error = 0.0
         self.sums: dict[str, Covariance] = {}
         self.bases: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -182,9 +189,10 @@ class _Fit:
         if state is not None:
             place = self.network.place
             self.batch_size = state["batch_size"]
-            self.done, self.weights = state["done"], state["weights"]
+            self.done, (self.weights, self.bounds) = state["done"], state["weights"]
             for key, parts in state["covariances"].items():
-                self.sums[key] = self.covariance(key, state["sizes"][key])
+                name, side = key.rsplit(":", 1)
+                self.sums[key] = covariance(self.network.layers[name], side, state["sizes"][key])
                 self.sums[key].parts = _placed(parts, place)
             self.bases = _placed(state["bases"], place)
             self.squares = _placed(state["squares"], place)
@@ -195,7 +203,7 @@ class _Fit:
             {
                 "batch_size": self.batch_size,
                 "done": self.done,
-                "weights": self.weights,
+                "weights": [self.weights, self.bounds],
                 "covariances": {key: sums.parts for key, sums in self.sums.items()},
                 "sizes": {key: sums.size for key, sums in self.sums.items()},
                 "bases": self.bases,
@@ -222,20 +230,12 @@ class _Fit:
             targets = self.task.sample(outputs.detach(), draws.to(outputs.device))
         return cotangents(self.task.loss, outputs, targets)
 
-    def covariance(self, key: str, size: tuple[int, int] | None) -> Covariance:
-        """Start the sum of one side of a layer, shifting inputs of a size or copying patches."""
-        name, side = key.rsplit(":", 1)
-        layer = self.network.layers[name]
-        if size is not None and isinstance(layer, nn.Conv2d):
-            return Autocorrelation(layer, *size)
-        return Gram(side)
-
     def add(self, name: str, side: Side, trace: Trace, dtype: torch.dtype) -> None:
         """Add a batch to the covariance of one side of a layer."""
         key = f"{name}:{side}"
         if key not in self.sums:
             size = shifted_size(trace) if side == "activation" else None
-            self.sums[key] = self.covariance(key, size)
+            self.sums[key] = covariance(trace.layer, side, size)
         self.sums[key].add(trace, dtype, self.space)
 
     def covariances(self) -> None:
@@ -249,7 +249,7 @@ class _Fit:
             self.network.backward(*self.outputs(self.network, rows), visit)
 
     def activation_covariances(self) -> None:
-        """Sum the activation side in forward passes, and weigh every row roughly.
+        """Sum the activation side in forward passes, and weigh every row.
 
         They only choose a basis and rows, so that the network may run in bfloat16, too.
         """
@@ -257,34 +257,28 @@ class _Fit:
         network = Network(self.model, self.settings.exclude, dtype)
         for rows in self.steps("activations"):
             with torch.no_grad():
-                self.weigh_roughly(network, rows)
+                self.weigh(network, rows)
                 network.forward(lambda name, trace: self.add(name, "activation", trace, dtype))
 
-    def weigh_roughly(self, network: Network, rows: NDArray[np.int64]) -> None:
+    def weigh(self, network: Network, rows: NDArray[np.int64]) -> None:
         """Note the squared loss gradients of rows, and the largest of them for nudged draws."""
         outputs, targets = network.rows(self.images, rows)
         draws = self.draws[torch.from_numpy(rows)]
-        nudged = [(draws + nudge).clamp(0, 1) for nudge in (0, -NUDGE, NUDGE)]
-        weights = torch.stack([_squared(self.slopes(outputs, targets, one)) for one in nudged])
-        self.weights[0, rows] = weights[0]
-        self.weights[1, rows] = weights.amax(0)
+        several = nudged(draws) if self.settings.fisher == "sampled" else [draws]
+        found = [squared(self.slopes(outputs, targets, numbers)) for numbers in several]
+        self.weights[rows] = found[0]
+        self.bounds[rows] = torch.stack(found).amax(0)
 
     def leave_out(self, tolerance: float) -> None:
         """Keep the rows with the largest loss gradients that hold all but `tolerance` of them.
 
         Everything that is left to sum is linear in the squared gradient of a row, and a row
-        the model is sure of has next to none. Rows that a nudge of their draw makes heavy are
-        weighed by the network in full precision: rounding must not decide on their labels.
+        the model is sure of has next to none. A row that would weigh much with a nudged draw
+        is kept, because only the network in full precision says which label it draws.
         """
-        rough, bound, weights = self.weights
-        self.rows = _heaviest(bound, tolerance * float(rough.sum()))
-        for rows in self.steps("labels"):
-            with torch.no_grad():
-                weights[rows] = _squared(self.outputs(self.network, rows)[1])
-        known = rough.clone()
-        known[self.rows] = weights[self.rows]
-        self.rows = _heaviest(known, tolerance * float(known.sum()))
-        self.left_out = max(0.0, 1 - float(known[self.rows].sum() / known.sum()))
+        self.rows = heaviest(self.bounds, tolerance * float(self.weights.sum()))
+        self.rest = self.weights.clone()
+        self.rest[self.rows] = 0
 
     def gradient_covariances(self) -> None:
         """Sum the output gradients' side."""
@@ -305,20 +299,39 @@ class _Fit:
     def lambdas(self) -> None:
         """Sum the squared per-sample gradients in the eigenbasis, ``[g, o, i]``, by layer."""
         turned: dict[str, Basis] = {}
-
-        def visit(name: str, trace: Trace) -> None:
-            shape, dtype, place = trace.shape, trace.x.dtype, trace.x.device
-            if name not in turned:
-                activation, gradient = (self.bases[f"{name}:{side}"] for side in SIDES)
-                turned[name] = Basis.of(activation, gradient, place, dtype)
-            if name not in self.squares:
-                size = shape.groups, shape.outputs, shape.inputs
-                self.squares[name] = torch.zeros(size, dtype=dtype, device=place)
-            order = cheapest_squares(shape)
-            add_squares(self.squares[name], trace, turned[name], order, dtype, self.space)
-
+        visit = partial(self.square, self.squares, turned)
         for rows in self.steps("lambda"):
             self.network.backward(*self.outputs(self.network, rows), visit)
+        self.error = self.unseen(turned)
+
+    def square(
+        self, sums: dict[str, Tensor], turned: dict[str, Basis], name: str, trace: Trace
+    ) -> None:
+        """Add the squared gradients of a layer to its sum, turning them by its basis."""
+        shape, dtype, place = trace.shape, trace.x.dtype, trace.x.device
+        if name not in turned:
+            activation, gradient = (self.bases[f"{name}:{side}"] for side in SIDES)
+            turned[name] = Basis.of(activation, gradient, place, dtype)
+        if name not in sums:
+            size = shape.groups, shape.outputs, shape.inputs
+            sums[name] = torch.zeros(size, dtype=dtype, device=place)
+        add_squares(sums[name], trace, turned[name], cheapest_squares(shape), dtype, self.space)
+
+    def unseen(self, turned: dict[str, Basis]) -> float:
+        """Estimate the largest share of a layer's Lambda that the rows left out hold.
+
+        Some of them, drawn with odds of their weights, stand for all.
+        """
+        picks = drawn_by_weight(self.rest, SAMPLE)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(picks), self.batch_size):
+            rows = picks[start : start + self.batch_size]
+            outputs, slopes = self.outputs(self.network, rows)
+            scale = (self.rest.sum() / (SAMPLE * self.rest[rows])).sqrt().to(slopes)[:, None]
+            self.network.backward(outputs, slopes * scale, partial(self.square, sums, turned))
+        known = {name: float(self.squares[name].sum()) for name in sums}
+        found = {name: float(total.sum()) for name, total in sums.items()}
+        return max((found[name] / (found[name] + known[name]) for name in found), default=0.0)
 
     def _mean_square(self, name: str, total: Tensor) -> Tensor:
         if not 0 < float(total.sum()) < math.inf:
@@ -335,15 +348,3 @@ def _placed(values: Any, place: torch.device) -> Any:
     if isinstance(values, Tensor):
         return values.to(place)
     return {name: _placed(value, place) for name, value in values.items()}
-
-
-def _squared(slopes: Tensor) -> Tensor:
-    return slopes.double().square().sum(1).cpu()
-
-
-def _heaviest(weights: Tensor, rest: float) -> NDArray[np.int64]:
-    """Return the fewest rows, in order, without which the weights sum up to `rest` at most."""
-    order = weights.argsort(descending=True, stable=True)
-    tails = weights[order].flip(0).cumsum(0).flip(0)
-    count = max(1, int((tails > rest).sum()))
-    return order[:count].sort().values.numpy()

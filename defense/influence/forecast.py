@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from defense.compute import trim_memory
@@ -118,17 +119,23 @@ def survey(network: Network, images: ImageSet) -> Survey:
         kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return value
 
+    _run(network, images, rows)  # which prepares kernels and memory
     begin = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(watch, lambda value: value):
-        outputs, _ = network.rows(images, rows)
-    traces: dict[str, Trace] = {}
-    network.backward(outputs, torch.ones_like(outputs), traces.__setitem__)
+        traces = _run(network, images, rows)
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() * p.element_size() for p in network.model.parameters())
     seen = sum(_bytes(trace) for trace in traces.values())
     size = max(sum(kept.values()) - weights, 0) + seen
     shapes = {name: traces[name].shape for name in network.tape.order if name in traces}
     return Survey(shapes, size / len(rows), seconds / len(rows), _rate(network))
+
+
+def _run(network: Network, images: ImageSet, rows: NDArray[np.int64]) -> dict[str, Trace]:
+    outputs, _ = network.rows(images, rows)
+    traces: dict[str, Trace] = {}
+    network.backward(outputs, torch.ones_like(outputs), traces.__setitem__)
+    return traces
 
 
 def _bytes(trace: Trace) -> int:
@@ -192,7 +199,7 @@ class ScoreForecast(Forecast):
 def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Memory) -> Forecast:
     """Forecast the fit of the factors.
 
-    The estimate of time is for all rows; ``fast`` usually needs the gradients of few.
+    The time of ``fast`` is that of all rows; it usually needs the gradients of few.
 
     Raises:
         DefenseError: The memory limit is too small.
@@ -207,7 +214,8 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
         macs += order.cost(shape) + shape.positions * sides / 4
         orders[name] = f"{_size(shape)}  lambda {order}, {order.cost(shape) / 1e6:,.0f} M"
     # Beside the bases either one eigenproblem, or the packed bases and the squares.
-    fixed = known.work + bases + max(SOLVER * known.widest, bases + squares)
+    copies = sum(part.nbytes for part in network.model.parameters()) if tier == "fast" else 0
+    fixed = known.work + copies + bases + max(SOLVER * known.widest, bases + squares)
     batch = memory.batch(fixed, known.row_bytes)
     if batch == 0:
         raise memory.refuse(fixed, known.row_bytes)
@@ -218,8 +226,9 @@ def forecast_factors(network: Network, images: ImageSet, tier: Tier, memory: Mem
     )
     seconds = len(images) * each + 8 * solved / known.macs_per_second
     gib = (resident() + fixed + batch * known.row_bytes) / GIB
-    num_passes = 2 if tier == "exact" else 4
-    return Forecast(f"EK-FAC factors, {tier}", orders, batch, num_passes, seconds, gib)
+    num_passes = 2 if tier == "exact" else 3
+    what = "EK-FAC factors, " + (tier if tier == "exact" else f"{tier}, if all rows are needed")
+    return Forecast(what, orders, batch, num_passes, seconds, gib)
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,18 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
         exclude: Names of modules to leave out, with all they contain.
 
     Raises:
-        UnsupportedLayerError: There is none, two of them share a weight, or a module holds
-            parameters that are neither those of a plain linear layer, a plain convolution or
-            a normalisation, nor excluded.
+        UnsupportedLayerError: There is none, or a module holds parameters that are neither
+            those of a plain linear layer, a plain convolution or a normalisation, nor excluded.
     """
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        if any(name == left or name.startswith(f"{left}.") for left in exclude):
-            continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UnsupportedLayerError(
                 f"{name} ({type(module).__name__}) keeps no running statistics, so a sample's "
                 "gradient depends on its batch; train it with track_running_stats=True"
             )
+        if any(name == left or name.startswith(f"{left}.") for left in exclude):
+            continue
         if isinstance(module, Layer):
             _require_plain(name, module)
             layers[name] = module
@@ -57,7 +56,6 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
         raise UnsupportedLayerError(
             f"expected a model with at least one Linear or Conv2d layer, got {', '.join(kinds)}"
         )
-    _require_own_weights(layers)
     return layers
 
 
@@ -66,21 +64,14 @@ def _require_plain(name: str, layer: Layer) -> None:
     kind, used = type(layer), nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
     methods = [method for method in ("forward", "_conv_forward") if hasattr(used, method)]
     same = all(getattr(kind, method) is getattr(used, method) for method in methods)
-    if not same or not isinstance(layer.weight, nn.Parameter):
+    parameters = layer.weight, layer.bias
+    own = all(part is None or isinstance(part, nn.Parameter) for part in parameters)
+    if not (same and own):
         raise UnsupportedLayerError(
             f"{name or 'the model'} ({kind.__name__}) changes its weight or its input on the way "
-            "(such as weight normalisation, or padding in forward), so that its gradient is not "
-            f"that of a plain {used.__name__}; add '{name}' to factors.exclude to leave it out"
-        )
-
-
-def _require_own_weights(layers: dict[str, Layer]) -> None:
-    uses = Counter(id(layer.weight) for layer in layers.values())
-    tied = [name for name, layer in layers.items() if uses[id(layer.weight)] > 1]
-    if tied:
-        raise UnsupportedLayerError(
-            f"the layers {', '.join(tied)} share one weight, whose gradient is not the sum of "
-            "one layer's outer products; give each its own weight"
+            "(such as weight normalisation, pruning, or padding in forward), so that its gradient "
+            f"is not that of a plain {used.__name__}; add '{name}' to factors.exclude to leave it "
+            "out"
         )
 
 
@@ -206,6 +197,15 @@ def output_gradients(trace: Trace, dtype: torch.dtype) -> Tensor:
     return grad.reshape(full).transpose(1, 2).to(dtype)
 
 
+def flat_gradient(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Bring the gradients of a layer's parameters to ``[g, o, i]``, as above."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if isinstance(layer, nn.Conv2d):
+        weight = weight.permute(0, 2, 3, 1)
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
+
+
 Visit = Callable[[str, Trace], None]
 
 
@@ -276,7 +276,9 @@ class Tape:
         for name in self.order:
             visit(name, self.seen.pop(name))
 
-    def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
+    def backward(
+        self, outputs: Tensor, cotangents: Tensor, visit: Visit, wanted: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor | None]:
         """Differentiate, and show every layer the gradient reaches, last layer first.
 
         Args:
@@ -284,8 +286,14 @@ class Tape:
                 which holds in eval mode.
             cotangents: Gradient of the value of interest with respect to them, ``[n, k]``.
             visit: What to do with a layer.
+            wanted: What else to differentiate with respect to.
+
+        Returns:
+            The gradients of what is wanted, None where it has no part in the outputs.
         """
-        self.visit = visit
-        if self.roots:
-            torch.autograd.grad(outputs, self.roots, cotangents, allow_unused=True)
+        self.visit, sources = visit, [*wanted, *self.roots]
+        found = (
+            torch.autograd.grad(outputs, sources, cotangents, allow_unused=True) if sources else ()
+        )
         self.seen, self.roots, self.visit = {}, [], None
+        return found[: len(wanted)]

@@ -42,7 +42,8 @@ class Affine(nn.Module):
 
 def _replace_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d and child.running_mean is not None:
+        hooked = child._forward_hooks or child._forward_pre_hooks
+        if type(child) is nn.BatchNorm2d and child.running_mean is not None and not hooked:
             setattr(module, name, Affine(child))
         else:
             _replace_norms(child)
@@ -70,6 +71,7 @@ class Network:
         Raises:
             UnsupportedLayerError: See `find_layers`.
         """
+        find_layers(model, exclude)  # before it is copied, which some layers refuse less kindly
         self.place = device()
         self.model = copy.deepcopy(model).to(self.place).to(memory_format=torch.channels_last)
         if all(p.dtype != torch.float64 for p in self.model.parameters()):
@@ -81,7 +83,7 @@ class Network:
         self.dtype = next(iter(self.layers.values())).weight.dtype
         self.tape = Tape(self.layers)
         for name, layer in self.layers.items():
-            layer.register_forward_hook(self.tape.hook(name), with_kwargs=True)
+            layer.register_forward_hook(self.tape.hook(name), with_kwargs=True, prepend=True)
 
     def outputs(self, images: Tensor) -> Tensor:
         """Run a batch of images: outputs ``[n, k]`` in at least float32."""
@@ -101,7 +103,9 @@ class Network:
         with repeatable():
             self.tape.forward(visit)
 
-    def backward(self, outputs: Tensor, cotangents: Tensor, visit: Visit) -> None:
+    def backward(
+        self, outputs: Tensor, cotangents: Tensor, visit: Visit, wanted: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor | None]:
         """See `Tape.backward`."""
         with repeatable():
-            self.tape.backward(outputs, cotangents, visit)
+            return self.tape.backward(outputs, cotangents, visit, wanted)

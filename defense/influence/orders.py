@@ -127,8 +127,8 @@ class Grid:
     """How the per-sample gradients ``[g, o, i]`` of a layer are cut into tiles.
 
     Attributes:
-        outputs: Outputs of a tile.
-        inputs: Inputs of a tile.
+        outputs: Outputs of a tile, at most.
+        inputs: Inputs of a tile, at most.
     """
 
     outputs: int
@@ -152,9 +152,9 @@ class Grid:
     def cells(self, shape: Shape) -> list[tuple[slice, slice]]:
         """List the outputs and inputs of every tile."""
         return [
-            (slice(first, first + self.outputs), slice(start, start + self.inputs))
-            for first in range(0, shape.outputs, self.outputs)
-            for start in range(0, shape.inputs, self.inputs)
+            (outputs, inputs)
+            for outputs in balanced(shape.outputs, self.outputs)
+            for inputs in balanced(shape.inputs, self.inputs)
         ]
 
 

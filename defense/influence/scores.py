@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model, release
+from defense.checkpoints import Checkpoint, digest_of_images, release
 from defense.compute import batches, timed, trim_memory
-from defense.errors import ArtifactError, DataError
+from defense.errors import DataError
+from defense.influence.digests import digest_of_factors, digest_of_queries, require_own_factors
 from defense.influence.forecast import Memory, QueryLoad, ScoreForecast, forecast_scores
 from defense.influence.metric import Metric, QuerySide
 from defense.influence.network import Network
@@ -71,6 +72,10 @@ class Influence:
         the measurement of query q. It lies on disk, like the margins.
         """
         return _filled(self.margin, np.arange(self.margin.shape[1]), self.loss_scale)
+
+    def loss_self_influence(self) -> Reals:
+        """Return the influence of every row's loss on itself: ``[d, n]``, never negative."""
+        return self.self_influence * self.loss_scale**2
 
     def relative(self) -> Reals:
         """Influence over the root of the row's own (RelatIF, Barshan et al. 2020).
@@ -193,19 +198,6 @@ def compute_influence(
     return Influence(margin, scorer.scale, scorer.own, norms[:, back])
 
 
-def require_own_factors(factors: Factors, model: nn.Module) -> None:
-    """Refuse factors that were fitted on another model.
-
-    Raises:
-        ArtifactError: They were.
-    """
-    if factors.model != digest_of_model(model).hex():
-        raise ArtifactError(
-            "the factors were fitted on another model (its weights, structure or code differ): "
-            "fit them again; in a pipeline run: dvc repro factors"
-        )
-
-
 def _filled(margin: Reals, queries: NDArray[np.int64], scale: Reals | None = None) -> NDArray[Any]:
     """Copy some queries of ``[d, q, n]``, scaled by row if asked, from disk to disk."""
     size = len(margin), len(queries), margin.shape[2]
@@ -215,6 +207,7 @@ def _filled(margin: Reals, queries: NDArray[np.int64], scale: Reals | None = Non
         result[:, place] = row if scale is None else row * scale
         if place % RELEASE == 0:
             release(result)
+            release(margin)  # what is read stays, too
     result.setflags(write=False)
     return result
 
@@ -231,22 +224,6 @@ def _distinct(queries: Queries) -> tuple[Tensor, NDArray[np.int64]]:
             first.append(number)
         back.append(seen[key])
     return torch.tensor(first), np.array(back)
-
-
-def digest_of_factors(factors: Factors) -> bytes:
-    """Digest factors."""
-    digest = hashlib.sha256(f"{factors.tier} {list(factors.layers)}".encode())
-    for layer in factors.layers.values():
-        for part in vars(layer).values():
-            digest.update(part.contiguous().numpy().data)
-    return digest.digest()
-
-
-def digest_of_queries(queries: Queries) -> bytes:
-    """Digest queries."""
-    digest = hashlib.sha256(queries.images.contiguous().numpy().data)
-    digest.update(queries.labels.contiguous().numpy().data)
-    return digest.digest()
 
 
 class _Scorer:

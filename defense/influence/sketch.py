@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from defense.compute import batches, seeded
 from defense.influence.contraction import gradients
+from defense.influence.digests import digest_of_factors, require_own_factors
 from defense.influence.layers import Trace, Visit
 from defense.influence.metric import Metric
 from defense.influence.network import Network
 from defense.influence.orders import cheapest
 from defense.influence.products import provenance
-from defense.influence.scores import digest_of_factors, require_own_factors
 from defense.influence.task import Task, cotangents
 from defense.records import Factors, ImageSet
 

@@ -188,6 +188,7 @@ def build_store(
     rows[probe], own[probe] = vectors, norms
     store = RowStore(rows, own, components, sketcher.kept, settings, sketcher.origin, data.hex())
     _others(store, sketcher, images, probe, steps[2])
+    rows.setflags(write=False)  # it may be the file a killed build continues from
     return store
 
 

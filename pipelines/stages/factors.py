@@ -21,6 +21,7 @@ def run(params: Params, paths: Paths) -> str:
     summary = {
         "coverage": factors.coverage.share,
         "left_out": factors.left_out,
+        "error": factors.error,
         "num_differentiated": factors.num_differentiated,
         "num_layers": len(factors.layers),
     }

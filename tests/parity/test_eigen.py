@@ -75,6 +75,30 @@ def test_what_is_not_orthonormal_is_solved_in_float64(monkeypatch) -> None:
     assert mixing(vectors, matrix[0]) < 1.5 * mixing(expected, matrix[0])
 
 
+@pytest.mark.parametrize("part", ["_leading", "_decompose"])
+def test_what_float32_cannot_solve_is_solved_in_float64(part: str, monkeypatch) -> None:
+    matrix, original = matrix_of(SPECTRA["steep"]), getattr(eigen, part)
+
+    def fail(matrix: Tensor) -> Tensor:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("no convergence")
+        return original(matrix)
+
+    monkeypatch.setattr(eigen, part, fail)
+    (vectors,) = eigenvectors("layer", "activation", matrix)
+    assert departure(vectors) < 1e-4
+
+
+def test_what_nothing_can_solve_names_the_layer(monkeypatch) -> None:
+    def fail(matrix: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(eigen, "_decompose", fail)
+    message = r"gradient covariance of layer conv7 \(4 wide\) failed \(no convergence\)"
+    with pytest.raises(NumericalError, match=message):
+        eigenvectors("conv7", "gradient", torch.eye(4)[None])
+
+
 def test_a_matrix_that_is_not_finite_names_the_layer() -> None:
     matrix = torch.eye(4)[None].clone()
     matrix[0, 1, 2] = torch.nan

@@ -8,13 +8,12 @@ from torch.nn import functional as F
 
 from defense.influence import orders, scores
 from defense.influence.factors import FactorSettings, fit_factors
-from defense.influence.layers import find_layers
+from defense.influence.layers import find_layers, flat_gradient
 from defense.influence.orders import Frame
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION
 from defense.records import ImageSet, Queries
 from tests.conftest import make_images
-from tests.parity.layout import flat_gradient
 
 NUM_CLASSES = 4
 DAMPING = 0.1
@@ -184,6 +183,12 @@ def test_scores_and_norms_are_those_of_the_dense_inverse(
     bound = 1e-9 * np.abs(expected).max()
     np.testing.assert_allclose(result.margin, expected, rtol=1e-8, atol=bound)
     np.testing.assert_allclose(result.self_influence, own, rtol=1e-9)
+    relative = expected / np.sqrt(own)[:, None]
+    np.testing.assert_allclose(result.relative(), relative, rtol=1e-8, atol=1e-9 * relative.max())
+    cosine = relative / np.sqrt(result.query_norm)[:, :, None]
+    np.testing.assert_allclose(result.cosine(), cosine, rtol=1e-8, atol=1e-9)
+    of_losses = own * result.loss_scale**2
+    np.testing.assert_allclose(result.loss_self_influence(), of_losses, rtol=1e-9)
     loss = gradients_of(model, CLASSIFICATION.loss, images.images(), images.targets())
     for name in loss:
         scale = torch.from_numpy(result.loss_scale)[:, None, None, None]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION, Classification, cotangents
-from defense.records import ImageSet, Queries
+from defense.records import Factors, ImageSet, Queries
 from tests.conftest import make_images
 
 
@@ -90,6 +90,20 @@ def test_rows_that_are_left_out_hold_what_is_said(model: nn.Module, images: Imag
     assert factors.num_differentiated < 0.75 * len(images)
     assert factors.left_out <= 0.05
     assert 1 - float(kept / slopes.sum()) == pytest.approx(factors.left_out, abs=1e-3)
+
+
+def test_the_error_is_what_a_layers_lambda_lacks(model: nn.Module, images: ImageSet) -> None:
+    def fit(tolerance: float, tier: str = "fast") -> Factors:
+        settings = FactorSettings(tier=tier, tolerance=tolerance)
+        return fit_factors(model, images, settings, torch.Generator().manual_seed(0))
+
+    exact, fast = fit(0.05, "exact"), fit(0.05)
+    lacking = [
+        1 - float(fast.layers[name].lambda_matrix.sum() / layer.lambda_matrix.sum())
+        for name, layer in exact.layers.items()
+    ]
+    assert exact.error == 0 < fast.error
+    assert fast.error == pytest.approx(max(lacking), rel=0.3)
 
 
 def test_rounding_decides_on_no_label(model: nn.Module, images: ImageSet) -> None:

@@ -22,6 +22,8 @@ if __name__ == "__main__":
 
     Network.rows = slow
     model, images = small_model(), make_images(96, seed=4)
+    scratch.mkdir(exist_ok=True)
+    (scratch / "started").touch()
     factors = fit(model, images, scratch)
     influence = score(model, factors, images, scratch)
     np.savez(result, **vars(influence))

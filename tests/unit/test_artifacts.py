@@ -43,6 +43,7 @@ def example_factors() -> Factors:
         "fast",
         5,
         1e-3,
+        2e-3,
         ("third",),
     )
 

@@ -1,20 +1,23 @@
 """Kept factors and scores: found again, never stale, never damaged."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from defense.checkpoints import digest_of_images
 from defense.errors import ArtifactError
 from defense.influence.cache import cached_factors, cached_influence
 from defense.influence.factors import FactorSettings
 from defense.influence.network import Network
-from defense.influence.scores import ScoreSettings
+from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.influence.store import StoreSettings
+from defense.influence.task import CLASSIFICATION, Classification
 from defense.records import ImageSet, Queries
 from tests.conftest import KilledError, make_images
-from tests.unit.test_resume import parts, small_model
+from tests.unit.test_resume import fit, parts, score, small_model
 
 
 @pytest.fixture
@@ -52,23 +55,92 @@ def test_the_same_question_is_answered_once(tmp_path: Path, batches: list[int]) 
         np.testing.assert_array_equal(one, other)
 
 
-def test_another_question_is_not(tmp_path: Path, batches: list[int]) -> None:
-    model, images = small_model(), make_images(48, seed=4)
-    factors = factors_of(tmp_path, model, images)
-    influence_of(tmp_path, model, factors, images)
+def relabelled(images: ImageSet) -> ImageSet:
+    """Give the last image another label."""
     labels = images.labels.copy()
-    labels[0] = (labels[0] + 1) % 4
-    relabelled = ImageSet(images.pixels, labels, *list(vars(images).values())[2:])
-    other = small_model()
+    labels[-1] = (labels[-1] + 1) % 4
+    return ImageSet(images.pixels, labels, *list(vars(images).values())[2:])
+
+
+def reshaped(images: ImageSet) -> ImageSet:
+    """Keep every byte, in other rows of pixels."""
+    size = len(images), 3, images.shape[1] // 2, images.shape[2] * 2
+    return ImageSet(images.pixels.reshape(size), *list(vars(images).values())[1:])
+
+
+class Renamed(Classification):
+    """Another task with the same results."""
+
+
+@pytest.mark.parametrize("by", ["cache", "checkpoint"])
+def test_another_question_about_rows_is_not(by: str, tmp_path: Path, kill_after) -> None:
+    """Whatever the scores depend on, the model apart, which the factors are bound to."""
+    model, images = small_model(), make_images(48, seed=4)
+    factors, other = (fit(model, images, None, batch_size=size) for size in (8, 12))
+    nothing, numbers = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    queries = Queries(images.images(slice(3)), images.targets(slice(3)), nothing, nothing)
+    usual = {
+        "queries": queries, "images": images, "settings": ScoreSettings(batch_size=8),
+        "factors": factors, "task": CLASSIFICATION, "dampings": (), "self_influence": False,
+    }  # fmt: skip
+
+    def ask(**options) -> Influence:
+        chosen = usual | options
+        first = (chosen.pop(name) for name in ("factors", "queries", "images", "settings", "task"))
+        if by == "cache":
+            return cached_influence(tmp_path, model, *first, **chosen)
+        return compute_influence(model, *first, **chosen, scratch=tmp_path)
+
+    batches = kill_after(None)
+    ask()
+    expected = len(batches)
+    for label, changed in {
+        "images of queries": {"queries": replace(queries, images=queries.images.flip(3))},
+        "labels of queries": {"queries": replace(queries, labels=(queries.labels + 1) % 4)},
+        "order of queries": {"queries": replace(queries, images=queries.images[numbers.flip(0)])},
+        "labels": {"images": relabelled(images)},
+        "rows": {"images": images.take(np.arange(48)[::-1].copy())},
+        "damping": {"settings": ScoreSettings(batch_size=8, damping=0.2)},
+        "dampings": {"dampings": (0.1, 0.2)},
+        "self-influence": {"self_influence": True},
+        "factors": {"factors": other},
+        "task": {"task": Renamed()},
+    }.items():
+        batches.clear()
+        ask(**changed)
+        assert len(batches) >= expected, label
+
+
+def test_bytes_in_another_shape_are_other_images() -> None:
+    images = make_images(8, seed=4)
+    assert digest_of_images(images) != digest_of_images(reshaped(images))
+
+
+@pytest.mark.parametrize("by", ["cache", "checkpoint"])
+def test_nothing_of_other_code_is_used(by: str, tmp_path: Path, kill_after, monkeypatch) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    counts, batches = [], kill_after(None)
+    for code in (b"old", b"old", b"new"):
+        monkeypatch.setattr("defense.influence.products.CODE", code)
+        batches.clear()
+        if by == "cache":
+            influence_of(tmp_path, model, factors_of(tmp_path, model, images), images)
+        else:
+            score(model, fit(model, images, tmp_path), images, tmp_path)
+        counts.append(len(batches))
+    assert counts[0] == counts[2] > counts[1]
+
+
+def test_another_question_about_a_model_is_not(tmp_path: Path, batches: list[int]) -> None:
+    model, images, other = small_model(), make_images(48, seed=4), small_model()
+    factors_of(tmp_path, model, images)
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-3
     for question in (
-        lambda: factors_of(tmp_path, model, relabelled),
+        lambda: factors_of(tmp_path, model, relabelled(images)),
         lambda: factors_of(tmp_path, other, images),
         lambda: factors_of(tmp_path, model, images, seed=1),
         lambda: factors_of(tmp_path, model, images, fisher="empirical"),
-        lambda: influence_of(tmp_path, model, factors, relabelled),
-        lambda: influence_of(tmp_path, model, factors, images, damping=0.2),
     ):
         batches.clear()
         question()
@@ -88,7 +160,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_a_killed_computation_continues_and_leaves_nothing_behind(tmp_path, kill_after) -> None:
     model, images = small_model(), make_images(48, seed=4)
-    kill_after(4)
+    kill_after(5)
     with pytest.raises(KilledError):
         factors_of(tmp_path, model, images, batch_size=8)
     assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
@@ -97,7 +169,7 @@ def test_a_killed_computation_continues_and_leaves_nothing_behind(tmp_path, kill
     continued = len(rest)
     rest.clear()
     expected = factors_of(tmp_path / "other", model, images, batch_size=8)
-    assert continued == len(rest) - 3  # the batches that were kept; a forecast's rows come first
+    assert continued == len(rest) - 2  # the batches that were kept; check and forecast come first
     assert parts(factors) == parts(expected)
     assert [path.suffix for path in tmp_path.glob("factors-*")] == [""]
 

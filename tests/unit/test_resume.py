@@ -1,19 +1,22 @@
 """Killed fits and scores continue; other inputs, damaged and stale files never count."""
 
 import inspect
+import logging
 import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense.checkpoints import Checkpoint, digest_of_model, fingerprint
+from defense.influence.eigen import eigenvectors
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.records import Factors, ImageSet, Queries
@@ -53,21 +56,50 @@ def parts(factors: Factors) -> list[bytes]:
     ]
 
 
+def told(factors: Factors) -> tuple[int, float, float]:
+    return factors.num_differentiated, factors.left_out, factors.error
+
+
 @pytest.mark.parametrize("tier", ["exact", "fast"])
-@pytest.mark.parametrize("count", [2, 7, 12])
-def test_a_killed_fit_ends_with_the_same_bytes(tier, count, kill_after, tmp_path: Path) -> None:
+def test_a_fit_killed_at_any_batch_ends_with_the_same_bytes(tier, kill_after, tmp_path) -> None:
     model, images = small_model(), make_images(48, seed=4)
     whole = kill_after(None)
     undisturbed = fit(model, images, None, tier=tier)
-    kill_after(count)
+    total = len(whole)
+    assert total >= 1 + 2 * 48 // 8  # the forecast's rows, and at least two passes
+    for count in range(1, total):
+        scratch = tmp_path / str(count)
+        kill_after(count)
+        with pytest.raises(KilledError):
+            fit(model, images, scratch, tier=tier)
+        rest = kill_after(None)
+        resumed = fit(model, images, scratch, tier=tier)
+        assert parts(resumed) == parts(undisturbed)
+        assert told(resumed) == told(undisturbed)
+        # Again run the rows of check and forecast, a batch, and those the error rests on.
+        assert len(rest) <= total - count + 4 + 4 * (tier == "fast")
+
+
+@pytest.mark.parametrize("tier", ["exact", "fast"])
+def test_a_fit_killed_between_eigenproblems_continues(tier, monkeypatch, tmp_path: Path) -> None:
+    model, images = small_model(), make_images(48, seed=4)
+    monkeypatch.setattr("defense.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    undisturbed = fit(model, images, None, tier=tier)
+    solved: list[str] = []
+
+    def solve(name: str, side: str, matrix: Tensor) -> Tensor:
+        solved.append(f"{name}:{side}")
+        if len(solved) == 3:
+            raise KilledError
+        return eigenvectors(name, side, matrix)
+
+    monkeypatch.setattr("defense.influence.factors.eigenvectors", solve)
     with pytest.raises(KilledError):
         fit(model, images, tmp_path, tier=tier)
-    rest = kill_after(None)
     resumed = fit(model, images, tmp_path, tier=tier)
+    assert solved[2] == solved[3]
+    assert len(solved) == 4 + 1  # two layers of two sides, and one of them twice
     assert parts(resumed) == parts(undisturbed)
-    assert resumed.num_differentiated == undisturbed.num_differentiated
-    assert resumed.left_out == undisturbed.left_out
-    assert len(rest) <= len(whole) - count + 2  # the forecast's rows, and one batch again
 
 
 def test_killed_scores_end_with_the_same_bytes(kill_after, tmp_path: Path) -> None:
@@ -82,7 +114,7 @@ def test_killed_scores_end_with_the_same_bytes(kill_after, tmp_path: Path) -> No
     resumed = score(model, factors, images, tmp_path)
     for one, other in zip(vars(resumed).values(), vars(undisturbed).values(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert len(rest) == 1 + 3  # the forecast's rows, and the batches that were not done
+    assert len(rest) == 2 + 4  # the forecast's rows, twice, and the batches that were not done
 
 
 def test_a_result_is_not_the_way_into_its_checkpoint(kill_after, tmp_path: Path) -> None:
@@ -138,13 +170,59 @@ class Acting(nn.Module):
         self.functions, self.sizes = list(functions), {"first": 1}
 
 
+class Held:
+    """No module."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
 class Inheriting(Scaled):
     """Has no code of its own."""
 
 
+def scaled_by(factor: float):
+    return lambda x: factor * x
+
+
+def hooked(factor: float) -> nn.Module:
+    module = Acting(F.relu)
+    module.register_forward_hook(lambda module, inputs, output: factor * output)
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda second: Acting(F.gelu if second else F.relu),
+        lambda second: Acting(partial(F.gelu, approximate="tanh" if second else "none")),
+        lambda second: Acting(partial(F.gelu if second else F.relu)),
+        lambda second: Acting(scaled_by(2.0 if second else 1.0)),
+        lambda second: Acting(Acting(F.gelu if second else F.relu).forward),
+        lambda second: Acting(Held(2 if second else 1)),
+        lambda second: Acting(Held(torch.ones(2) if second else torch.zeros(2))),
+        lambda second: Scaled(torch.tensor(0.2 if second else 0.1)),
+        lambda second: Scaled(torch.tensor(0.5, dtype=torch.bfloat16 if second else None)),
+        lambda second: Scaled(np.full(2, 0.2 if second else 0.1)),
+        lambda second: Scaled(torch.float32 if second else torch.float64),
+        lambda second: hooked(2.0 if second else 1.0),
+    ],
+)
+def test_whatever_a_module_holds_is_part_of_it(make) -> None:
+    assert digest_of_model(make(False)) == digest_of_model(make(False))
+    assert digest_of_model(make(False)) != digest_of_model(make(True))
+
+
+def test_what_holds_itself_and_what_is_of_this_process_alone_is_told_shortly() -> None:
+    one, same = Acting(logging.getLogger("one")), Acting(logging.getLogger("other"))
+    one.functions.append(one.functions)
+    same.functions.append(same.functions)
+    assert digest_of_model(one) == digest_of_model(same)
+
+
 def test_functions_containers_and_base_classes_are_part_of_it(monkeypatch) -> None:
-    one, same, other = Acting(F.relu), Acting(F.relu), Acting(F.gelu)
-    assert digest_of_model(one) == digest_of_model(same) != digest_of_model(other)
+    one, same = Acting(F.relu), Acting(F.relu)
+    assert digest_of_model(one) == digest_of_model(same)
     same.sizes["first"] = 2
     assert digest_of_model(one) != digest_of_model(same)
     before = digest_of_model(Inheriting(0.1))
@@ -229,7 +307,7 @@ def test_a_kill_before_the_result_is_written_loses_no_more_than_any_other(
     again = fit(model, images, tmp_path)
     assert parts(again) == parts(factors)
     assert len(whole) > 12
-    assert len(rest) <= 2  # the forecast's rows, and one batch
+    assert len(rest) <= 3  # the rows of the check and, twice, of the forecast
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -246,30 +324,35 @@ def test_scores_without_their_array_are_computed_again(damage, kill_after, tmp_p
         file.write_bytes(file.read_bytes()[:-8])
     rest = kill_after(None)
     again = score(model, factors, images, tmp_path)
-    assert len(rest) == 1 + 6
+    assert len(rest) == 2 + 6
     np.testing.assert_array_equal(again.margin, score(model, factors, images, None).margin)
 
 
-def run_script(scratch: Path, result: Path, *, killed_after: float | None) -> None:
+def run_script(scratch: Path, result: Path, *, killed_after: float | None) -> float:
+    """Run the script, killed so many seconds after it began to work; returns how long it took."""
+    started = scratch / "started"
+    started.unlink(missing_ok=True)
     process = subprocess.Popen([*COMMAND, str(scratch), str(result)], cwd=ROOT)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    begin = time.monotonic()
     if killed_after is None:
         assert process.wait() == 0
     else:
         time.sleep(killed_after)
         process.kill()
         process.wait()
+    return time.monotonic() - begin
 
 
 def test_sigkill_at_random_moments_gives_the_same_bytes(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.npz"
-    begin = time.monotonic()
-    run_script(tmp_path / "unused", whole, killed_after=None)
-    length = time.monotonic() - begin
-    resumed = tmp_path / "resumed.npz"
-    for share in np.random.default_rng(0).uniform(0.3, 0.95, 4):
-        run_script(tmp_path / "scratch", resumed, killed_after=float(share) * length)
-    assert list((tmp_path / "scratch").glob("*.pt"))  # there is something to continue
-    run_script(tmp_path / "scratch", resumed, killed_after=None)
+    whole, resumed, scratch = (tmp_path / name for name in ("whole.npz", "resumed.npz", "scratch"))
+    length = run_script(tmp_path / "unused", whole, killed_after=None)
+    for share in np.random.default_rng(0).uniform(0.05, 0.35, 5):
+        run_script(scratch, resumed, killed_after=float(share) * length)
+    assert list(scratch.glob("*.pt"))  # there is something to continue
+    run_script(scratch, resumed, killed_after=None)
     with np.load(whole) as expected, np.load(resumed) as actual:
         assert expected.files == actual.files
         for name in expected.files:

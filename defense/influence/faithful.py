@@ -1,0 +1,59 @@
+"""Whether the gradients of a model's layers are what training sees."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.errors import UnsupportedLayerError
+from defense.influence.layers import Layer, Trace, activations, flat_gradient, output_gradients
+from defense.influence.network import Network
+from defense.influence.products import Workspace
+from defense.records import ImageSet
+
+ROWS = 4  # rows that are differentiated
+AGREEMENT = 1e-3  # norm of the difference, relative to the larger norm
+
+
+def require_faithful(network: Network, images: ImageSet) -> None:
+    """Compare sums of per-sample gradients with the gradients of the parameters, on a few rows.
+
+    Factors and scores rest on a layer's gradient being the outer product of its input and its
+    output gradient. A layer without a part in the outputs has no gradient, which agrees.
+
+    Raises:
+        UnsupportedLayerError: They differ: a parameter is used elsewhere, too, or something
+            changes what goes into the layer's product or comes out of it.
+    """
+    rows, layers, traces = np.arange(min(ROWS, len(images))), network.layers, dict[str, Trace]()
+    parameters = [part for layer in layers.values() for part in layer.parameters(recurse=False)]
+    for part in parameters:
+        part.requires_grad = True
+    outputs, _ = network.rows(images, rows)
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(outputs.shape, generator=generator).to(outputs)
+    gradients = network.backward(outputs, slopes, traces.__setitem__, parameters)
+    found = {
+        id(part): torch.zeros_like(part) if gradient is None else gradient
+        for part, gradient in zip(parameters, gradients, strict=True)
+    }
+    for part in parameters:
+        part.requires_grad = False
+    for name, layer in layers.items():
+        bias = None if layer.bias is None else found[id(layer.bias)]
+        actual = flat_gradient(layer, found[id(layer.weight)], bias)
+        _compare(name, layer, actual, traces.get(name))
+
+
+def _compare(name: str, layer: Layer, actual: Tensor, trace: Trace | None) -> None:
+    expected = torch.zeros_like(actual)
+    if trace is not None:
+        a = activations(trace, actual.dtype, Workspace())
+        expected = (output_gradients(trace, actual.dtype).transpose(2, 3) @ a).sum(0)
+    largest = max(float(actual.norm()), float(expected.norm()))
+    if float((actual - expected).norm()) > AGREEMENT * largest:
+        raise UnsupportedLayerError(
+            f"the gradient of {name or 'the model'} ({type(layer).__name__}) is not the product of "
+            "its inputs and output gradients: its parameters are used elsewhere, too, or a hook "
+            "or an overridden method changes what goes in or comes out; give it parameters of its "
+            f"own, or add '{name}' to factors.exclude to leave it out"
+        )
