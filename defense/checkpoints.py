@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 import math
 import mmap
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,11 @@ CHECKPOINT_SECONDS = 20.0  # work that a kill may cost, plus one step
 SHORT_SAVE = 2.0  # seconds up to which a save is not worth waiting longer for
 LONGEST_WAIT = 3.0  # times CHECKPOINT_SECONDS
 CHUNK_BYTES = 2**24  # pixels that are digested at a time
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), slice, range, np.generic, torch.dtype,
+    torch.device,
+)  # fmt: skip
+OF_THIS_PROCESS = (logging.Logger, ModuleType)  # do nothing to a forward pass
 
 
 @dataclass
@@ -145,61 +151,87 @@ def fingerprint(model: nn.Module, images: ImageSet) -> bytes:
 def _structure(model: nn.Module) -> bytes:
     """Describe every module: its class with its source, its own attributes, and its hooks."""
     usual = vars(nn.Module()).keys()
-    facts, sources = [], {}
+    facts, sources = [], dict[str, str]()
     for name, module in model.named_modules():
-        kind, seen = type(module), {id(module)}
+        kind = type(module)
         own = {key: value for key, value in vars(module).items() if key not in usual}
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        told = [(key, _told(value, seen)) for key, value in sorted(own.items())]
-        facts.append((name, kind.__module__, kind.__qualname__, told, _told(hooks, seen)))
-        sources[kind.__qualname__] = source_of(kind)
+        facts.append((name, kind.__module__, kind.__qualname__, told(own), list(map(_code, hooks))))
+        sources[kind.__qualname__] = sources.get(kind.__qualname__) or source_of(kind)
     return repr((facts, sorted(sources.items()))).encode()
 
 
-def _told(value: Any, seen: set[int]) -> str:
-    """Tell what an attribute does to a forward pass, without addresses of this process.
+def told(value: Any) -> str:
+    """Tell what a value does to a computation, without addresses of this process."""
+    return _Teller().tell(value)
 
-    What was `seen`, on the way to a value that contains itself, is told once.
-    """
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if id(value) in seen:
-        return "as above"
-    inside = seen | {id(value)}
-    if isinstance(value, Tensor | np.ndarray):
-        return _numbers(value)
-    if isinstance(value, dict):
-        return repr([(_told(key, inside), _told(entry, inside)) for key, entry in value.items()])
-    if isinstance(value, list | tuple):
-        return repr([_told(entry, inside) for entry in value])
-    if isinstance(value, partial):
-        return _told([value.func, value.args, value.keywords], inside)
-    if callable(value) and hasattr(value, "__qualname__"):
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        parts = [getattr(value, "__defaults__", None), getattr(value, "__self__", None), cells]
-        name = f"{value.__module__}.{value.__qualname__}"
-        return f"{name} {_source(value)} {_told(parts, inside)}"
-    kind = type(value)
-    if isinstance(value, torch.dtype | torch.device):
-        return repr(value)
-    if kind.__module__.split(".")[0] in sys.stdlib_module_names:  # loggers, locks, modules
-        return kind.__qualname__
-    return (
-        f"{kind.__qualname__} {source_of(kind)} {_told(getattr(value, '__dict__', None), inside)}"
-    )
+
+class _Teller:
+    """Tells a value and all it holds, each object once."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[int, Any]] = {}  # held, so that no address is used again
+
+    def tell(self, value: Any) -> str:
+        """Tell a value, or which one it is if it was told before."""
+        if isinstance(value, PLAIN):
+            return repr(value)
+        if id(value) in self.known:
+            return f"object {self.known[id(value)][0]}"
+        self.known[id(value)] = len(self.known), value
+        if isinstance(value, dict):
+            return repr([(self.tell(key), self.tell(entry)) for key, entry in value.items()])
+        if isinstance(value, list | tuple):
+            return repr([self.tell(entry) for entry in value])
+        if isinstance(value, set | frozenset):
+            return repr(sorted(map(told, value)))
+        return self._object(value)
+
+    def _object(self, value: Any) -> str:
+        if isinstance(value, Tensor | np.ndarray):
+            return _numbers(value)
+        if isinstance(value, partial):
+            return self.tell([value.func, value.args, value.keywords])
+        if callable(value) and hasattr(value, "__qualname__"):
+            cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+            return f"{_code(value)} {self.tell([getattr(value, '__self__', None), cells])}"
+        kind = type(value)
+        if isinstance(value, OF_THIS_PROCESS):
+            return kind.__qualname__
+        own = getattr(value, "__dict__", None)
+        return f"{kind.__qualname__} {source_of(kind)} {self.tell(own)}"
+
+
+def _code(function: Any) -> str:
+    """Tell the code of a function, but not what it holds, which it may change when it runs."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    constants = [
+        cell.cell_contents
+        for cell in getattr(function, "__closure__", None) or ()
+        if isinstance(cell.cell_contents, PLAIN)
+    ]
+    defaults = told(getattr(function, "__defaults__", None))
+    place = getattr(function, "__module__", "")
+    return f"{place}.{name} {_source(function)} {constants} {defaults}"
 
 
 def _numbers(values: Tensor | NDArray[Any]) -> str:
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "biufc":
+        return repr((values.dtype.str, values.shape, values.tolist()))
     tensor = torch.as_tensor(values).detach().cpu().contiguous()
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def source_of(kind: type) -> str:
-    """Return the source of a class and of those it is made from, down to torch's and Python's."""
+    """Return the source of a class and of those it is made from, down to torch's and Python's.
+
+    And that of the files they stand in, whose functions and constants they may use.
+    """
     libraries = {"torch", "builtins", "abc"}
     own = [each for each in kind.__mro__ if each.__module__.split(".")[0] not in libraries]
-    return "\n".join(map(_source, own))
+    files = [sys.modules.get(each.__module__) for each in own]
+    return "\n".join(map(_source, [*own, *files]))
 
 
 def _source(thing: Any) -> str:

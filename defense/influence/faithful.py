@@ -21,11 +21,14 @@ def require_faithful(network: Network, images: ImageSet) -> None:
     output gradient. A layer without a part in the outputs has no gradient, which agrees.
 
     Raises:
-        UnsupportedLayerError: They differ: a parameter is used elsewhere, too, or something
+        UnsupportedLayerError: An output depends on other samples or on chance, or the gradients
+            differ: a parameter is used elsewhere, too, or something
             changes what goes into the layer's product or comes out of it.
     """
     rows, layers, traces = np.arange(min(ROWS, len(images))), network.layers, dict[str, Trace]()
     parameters = [part for layer in layers.values() for part in layer.parameters(recurse=False)]
+    with torch.no_grad():
+        alone = network.outputs(images.images(rows[: ROWS // 2]))
     for part in parameters:
         part.requires_grad = True
     outputs, _ = network.rows(images, rows)
@@ -38,6 +41,12 @@ def require_faithful(network: Network, images: ImageSet) -> None:
     }
     for part in parameters:
         part.requires_grad = False
+    if _differ(alone, outputs[: ROWS // 2].detach()):
+        raise UnsupportedLayerError(
+            "an output of the model depends on the other samples of its batch, or on chance, in "
+            "eval mode (batch statistics, dropout that is not told about it), so that a sample "
+            "has no gradient of its own"
+        )
     for name, layer in layers.items():
         bias = None if layer.bias is None else found[id(layer.bias)]
         actual = flat_gradient(layer, found[id(layer.weight)], bias)
@@ -49,11 +58,15 @@ def _compare(name: str, layer: Layer, actual: Tensor, trace: Trace | None) -> No
     if trace is not None:
         a = activations(trace, actual.dtype, Workspace())
         expected = (output_gradients(trace, actual.dtype).transpose(2, 3) @ a).sum(0)
-    largest = max(float(actual.norm()), float(expected.norm()))
-    if float((actual - expected).norm()) > AGREEMENT * largest:
+    if _differ(actual, expected):
         raise UnsupportedLayerError(
             f"the gradient of {name or 'the model'} ({type(layer).__name__}) is not the product of "
             "its inputs and output gradients: its parameters are used elsewhere, too, or a hook "
             "or an overridden method changes what goes in or comes out; give it parameters of its "
             f"own, or add '{name}' to factors.exclude to leave it out"
         )
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    largest = max(float(one.norm()), float(other.norm()))
+    return float((one - other).norm()) > AGREEMENT * largest

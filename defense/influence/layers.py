@@ -30,9 +30,13 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
         exclude: Names of modules to leave out, with all they contain.
 
     Raises:
-        UnsupportedLayerError: There is none, or a module holds parameters that are neither
-            those of a plain linear layer, a plain convolution or a normalisation, nor excluded.
+        UnsupportedLayerError: There is none, a name in `exclude` is no module's, or a module
+            holds parameters that are neither those of a plain linear layer, a plain convolution
+            or a normalisation, nor excluded.
     """
+    unknown = sorted(set(exclude) - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise UnsupportedLayerError(f"factors.exclude names no module: {', '.join(unknown)}")
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:

@@ -88,7 +88,7 @@ class Influence:
         """
         if np.isnan(self.self_influence).any():
             raise DataError("expected self-influence of every row: pass self_influence=True")
-        return self.margin / np.sqrt(self.self_influence)[:, None]
+        return self.margin / _root(self.self_influence)[:, None]
 
     def cosine(self) -> Reals:
         """Cosine of query and row in the metric of ``H^-1``: ``[d, q, n]`` in [-1, 1].
@@ -96,7 +96,12 @@ class Influence:
         Raises:
             DataError: Self-influence was not asked for.
         """
-        return self.relative() / np.sqrt(self.query_norm)[:, :, None]
+        return self.relative() / _root(self.query_norm)[:, :, None]
+
+
+def _root(squares: Reals) -> Reals:
+    """Return norms; where a gradient is zero, one that leaves its influence zero."""
+    return np.sqrt(np.maximum(squares, np.finfo(squares.dtype).tiny))
 
 
 def pairwise_scores(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defense.checkpoints import source_of
+from defense.checkpoints import source_of, told
 
 
 class Task(ABC):
@@ -40,7 +40,7 @@ class Task(ABC):
         """Name the task, its settings and its code, for checkpoints and caches."""
         kind = type(self)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        return f"{name} {sorted(vars(self).items())} {source_of(kind)}".encode()
+        return f"{name} {told(vars(self))} {source_of(kind)}".encode()
 
 
 class Classification(Task):

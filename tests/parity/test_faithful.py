@@ -118,3 +118,29 @@ def test_an_old_weight_normalisation_is_refused_by_name(images: ImageSet) -> Non
     model(images.images())  # leaves a weight that cannot be copied
     with pytest.raises(UnsupportedLayerError, match="changes its weight"):
         fit_factors(model.eval(), images, FactorSettings(), torch.Generator())
+
+
+class Mixing(nn.Module):
+    """Gives an output that is not its sample's own."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Linear(768, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.change(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x - x.mean(0), lambda x: F.batch_norm(x, None, None, training=True), F.dropout],
+    ids=["mean", "statistics", "dropout"],
+)
+def test_outputs_that_depend_on_the_batch_or_on_chance_are_refused(change, images) -> None:
+    with pytest.raises(UnsupportedLayerError, match="other samples of its batch, or on chance"):
+        fit_factors(Mixing(change).eval(), images, FactorSettings(), torch.Generator())
+
+
+def test_a_name_that_is_no_modules_is_refused(images: ImageSet) -> None:
+    with pytest.raises(UnsupportedLayerError, match="exclude names no module: hh"):
+        fit_factors(Auxiliary().eval(), images, FactorSettings(exclude=("hh",)), torch.Generator())

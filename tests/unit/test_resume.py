@@ -8,6 +8,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,11 +207,31 @@ def hooked(factor: float) -> nn.Module:
         lambda second: Scaled(np.full(2, 0.2 if second else 0.1)),
         lambda second: Scaled(torch.float32 if second else torch.float64),
         lambda second: hooked(2.0 if second else 1.0),
+        lambda second: Scaled(SimpleNamespace(factor=2 if second else 1)),
+        lambda second: Scaled({2 if second else 1}),
+        lambda second: Scaled(np.float32(2 if second else 1)),
+        lambda second: Scaled(slice(0, 2 if second else 1)),
+        lambda second: Scaled(np.array(["a", "b" if second else "c"])),
     ],
 )
 def test_whatever_a_module_holds_is_part_of_it(make) -> None:
     assert digest_of_model(make(False)) == digest_of_model(make(False))
     assert digest_of_model(make(False)) != digest_of_model(make(True))
+
+
+def test_objects_that_hold_each_other_are_told_once() -> None:
+    held = [Held(number) for number in range(30)]
+    for each in held:
+        each.value = held
+    assert digest_of_model(Scaled(held[0])) == digest_of_model(Scaled(held[0]))
+
+
+def test_what_a_hook_collects_is_not_part_of_it() -> None:
+    model, seen = small_model(), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    factors = fit(model, make_images(48, seed=4), None)
+    assert seen
+    score(model, factors, make_images(48, seed=4), None)
 
 
 def test_what_holds_itself_and_what_is_of_this_process_alone_is_told_shortly() -> None:
