@@ -221,8 +221,9 @@ def measure_store(problem: Problem, folder: Path) -> dict[str, Any]:
     query_store(store, sketcher, one)
     single = time.perf_counter() - begin
     np.save(folder / "store.npy", query_store(store, sketcher, problem.queries))
+    shared = sum(part.nbytes for part in (store.components, store.kept) if part is not None)
     facts = {"build": built, "query": single, "bytes_per_row": store.rows[0].nbytes,
-             "shared_mib": (store.components.nbytes + store.kept.nbytes) / 2**20}  # fmt: skip
+             "shared_mib": shared / 2**20}  # fmt: skip
     store.save(folder / "saved")
     del store, sketcher
     begin = time.perf_counter()

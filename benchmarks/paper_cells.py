@@ -16,7 +16,7 @@ from pipelines.paths import REFERENCES
 HOME = Path(__file__).parents[1] / "pipelines" / "paper"
 STORE = RESULTS / "paper.json"
 FOUND = ("tpr", "precision")
-ATTACK_STAGES = ("factors", "influence")  # what detectors that use scores need besides
+ATTACK_STAGES = ("factors", "influence", "directions")  # of which detectors need some
 
 Cell = dict[str, Any]
 Cells = dict[str, Cell]
@@ -69,7 +69,7 @@ def _stage(part: str) -> str:
 def _settings(home: Path, cell: str, stage: str) -> str | None:
     """Digest the parameters of a cell; None if there is no such cell any more."""
     try:
-        return settings_of(read_cell(home / "params.yaml", cell, stage)[0], stage)
+        return settings_of(*read_cell(home / "params.yaml", cell, stage), stage)
     except DefenseError:
         return None
 
@@ -82,14 +82,22 @@ def _note(home: Path, folder: Path, cell: str, stage: str) -> Cell | None:
     return note if current else None
 
 
+def _cost(note: Cell) -> float | None:
+    """CPU seconds of a stage; None where an accelerator did the work, or a run was resumed."""
+    seconds: float | None = note["cpu_seconds"] if note["device"] == "cpu" else None
+    return seconds
+
+
 def _attack(home: Path, folder: Path, name: str) -> Cell:
     truth, _ = load_truth(folder / "artifacts" / "truth")
     stages = {stage: _note(home, folder, name, stage) for stage in ATTACK_STAGES}
+    trained = _read(folder / "metrics" / "train.run.json")
+    where = {key: trained[key] for key in ("device", "torch")}
     cell: Cell = {
         "settings": _settings(home, name, "influence"),
-        "hardware": hardware(),
+        "hardware": hardware() | where if where["device"] == "cpu" else where,
         "success": _read(folder / "metrics" / "train.json")["success"],
-        "cpu_seconds": {stage: note["cpu_seconds"] for stage, note in stages.items() if note},
+        "cpu_seconds": {stage: _cost(note) for stage, note in stages.items() if note},
         "detectors": {},
         "repairs": {},
     }
@@ -113,7 +121,7 @@ def _add_detector(home: Path, cell: Cell, place: Path, name: str, truth: Truth) 
     }
     cell["detectors"][folder.name] = {
         "settings": note["settings"],
-        "cpu_seconds": note["cpu_seconds"],
+        "cpu_seconds": _cost(note),
         "flagged": int(flags.mask.sum()),
         "all_flagged": bool(flags.mask.all()),
     } | {
@@ -150,7 +158,7 @@ def _add_repair(home: Path, cell: Cell, report: Path, name: str) -> None:
     )
     cell["repairs"][part] = after | {
         "settings": note["settings"],
-        "cpu_seconds": note["cpu_seconds"],
+        "cpu_seconds": _cost(note),
         "gradient_samples": audit["gradient_samples"]["remediate"],
     }
 

@@ -14,7 +14,7 @@ Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
 POISON, CLEAN = "#b3261e", "#5f6b7a"
 ATTACKS = ("badnets", "smooth", "witches_brew")
 DETECTORS = ("spectral_paper", "activation_clustering", "frequency", "poison_forensics", "ekfac",
-             "delta_influence", "default")  # fmt: skip
+             "delta_influence", "default", "normalised")  # fmt: skip
 UNLEARNERS = ("eu", "cf_full", "cf", "ssd", "scrub", "scrub_paper", "badt", "badt_long", "potion")
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},

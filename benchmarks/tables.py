@@ -10,9 +10,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.paper_cells import ATTACK_STAGES, STORE, Cells, gather, of_attack, values
+from benchmarks.paper_cells import STORE, Cells, gather, of_attack, values
 from benchmarks.paper_drawings import draw
-from benchmarks.record import versions
 from defense.artifacts import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +28,7 @@ DETECTORS = {
     "ekfac_zero": "EK-FAC > 0",
     "delta_influence": "Delta-Influence, all rows",
     "default": "Delta-Influence, rows labelled as predicted",
+    "normalised": "normalised influence",
 }
 ABLATIONS = {
     "delta_influence": "image and label",
@@ -101,10 +101,11 @@ PUBLISHED = {
         "delta_10": "28.7 / 99.3; 0.3 / 75.0",
     },
 }
-RESTRICTED = {"default"}  # detectors whose own rule is the restricted one
-SCORED = {"default", *(set(DETECTORS) | set(ABLATIONS) | set(SEVERAL)) - {
-    "spectral_paper", "spectral_tran", "activation_clustering", "frequency", "poison_forensics",
-}}  # detectors that need factors and scores  # fmt: skip
+RESTRICTED = {"default", "normalised"}  # detectors whose own rule is the restricted one
+NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
+    "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
+    "activation_clustering": (), "frequency": (), "poison_forensics": (),
+}  # stages that work for a detector alone  # fmt: skip
 PSR_BOUND = 0.05
 PAPER = "paper: precision / TPR; PSR / accuracy after EU"
 BOTH = "PSR < 5 %, 90 % of EU's accuracy"
@@ -171,11 +172,8 @@ def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str)
 
 
 def _cost(cells: Cells, world: str, attack: str, detector: str) -> str:
-    """CPU seconds of a detector, with factors and scores if it needs them."""
-    shared = [
-        dict(values(cells, world, attack, "cpu_seconds", stage))
-        for stage in (ATTACK_STAGES if detector in SCORED else ())
-    ]
+    """CPU seconds of a detector, with the stages that work for it."""
+    shared = [dict(values(cells, world, attack, "cpu_seconds", stage)) for stage in NEEDS[detector]]
     own = values(cells, world, attack, "detectors", detector, "cpu_seconds")
     return spread(
         ((seed, value + sum(part[seed] for part in shared)) for seed, value in own
@@ -267,13 +265,13 @@ def scrub(cells: Cells, world: str) -> str:
     return table(f"Figure 5: SCRUB on every detector's flags, {world}", head, rows)
 
 
-def counterfactual(cells: Cells, world: str) -> str:
+def counterfactual(cells: Cells, world: str, detector: str) -> str:
     """Table 3: what becomes of Witches' Brew without parts of its poison."""
     published = {"found": "0", "missed": "100"}
     seeds = [
-        (seed, cell["detectors"]["default"]["counterfactual"])
+        (seed, cell["detectors"][detector]["counterfactual"])
         for seed, cell in of_attack(cells, world, "witches_brew").items()
-        if "counterfactual" in cell["detectors"].get("default", {}) and cell["success"] > 0
+        if "counterfactual" in cell["detectors"].get(detector, {}) and cell["success"] > 0
     ]
     rows = []
     for name, title in COUNTERFACTUALS.items():
@@ -285,7 +283,8 @@ def counterfactual(cells: Cells, world: str) -> str:
         removed = spread(((seed, found[name]["removed"]) for seed, found in seeds), 1.0)
         rows.append([title, published.get(name, NONE), removed, wins, spread(accuracy)])
     head = ["retrained without", "paper: PSR", "rows", "trainings that are fooled", "accuracy"]
-    return table(f"Table 3: counterfactuals of Witches' Brew, {world}", head, rows)
+    title = f"Table 3: counterfactuals of Witches' Brew, {DETECTORS[detector]}, {world}"
+    return table(title, head, rows)
 
 
 def page(cells: Cells) -> str:
@@ -296,8 +295,12 @@ def page(cells: Cells) -> str:
             attacks(cells, world),
             detection(cells, world, "Table 1, Figure 3: detectors", DETECTORS),
             detection(cells, world, "Table 2, Figure 7: what a transform changes", ABLATIONS),
-            counterfactual(cells, world),
+            counterfactual(cells, world, "normalised"),
+            counterfactual(cells, world, "default"),
             unlearning(cells, world, "default", "Figure 4: unlearners on the default's flags"),
+            unlearning(
+                cells, world, "normalised", "Figure 4: unlearners on normalised influence's flags"
+            ),
             scrub(cells, world),
             detection(cells, world, "Tables 4 and 5: several affected inputs", SEVERAL),
             unlearning(cells, world, "truth", "Unlearners on the true poison"),
@@ -322,7 +325,7 @@ def fill(path: Path, text: str) -> None:
 def main() -> None:
     """Gather, keep, print and draw."""
     cells = gather()
-    write_json(STORE, {"command": COMMAND, "versions": versions(), "cells": cells})
+    write_json(STORE, {"command": COMMAND, "cells": cells})
     text = page(cells)
     print(text)
     fill(PAGE, text)

@@ -16,7 +16,7 @@ from defense.method import Method
 from defense.metrics import detection_quality, model_quality
 from defense.prediction import predict
 from defense.records import Flags, ImageSet, Truth
-from defense.report import Affected, AuditReport, Evidence, ModelQuality
+from defense.report import Affected, AuditReport, Evidence, IncidentQuality, ModelQuality
 
 
 class AuditSettings(Method):
@@ -42,6 +42,7 @@ class Exhibits:
         truth: What was planted.
         affected: The inputs the investigation started from, labelled as predicted.
         flags: The detector's answer.
+        published: That of the published rule.
         before: The suspect model.
         after: The remediated model.
     """
@@ -52,6 +53,7 @@ class Exhibits:
     truth: Truth
     affected: ImageSet
     flags: Flags
+    published: Flags
     before: nn.Module
     after: nn.Module
 
@@ -109,7 +111,9 @@ def audit(
         before=before,
         after=after,
         detection=detection_quality(exhibits.flags, exhibits.truth),
+        published=detection_quality(exhibits.published, exhibits.truth),
         detector_verdict=exhibits.flags.verdict,
+        incidents=_incidents(exhibits),
         num_train=len(exhibits.train),
         num_flagged=int(exhibits.flags.mask.sum()),
         emptied_classes=emptied_classes(exhibits.train, exhibits.flags),
@@ -136,6 +140,21 @@ def _affected(exhibits: Exhibits) -> list[Affected]:
     return [
         Affected(id=str(name), predicted=names[label], true=names[true[name]])
         for name, label in zip(inputs.ids, inputs.labels, strict=True)
+    ]
+
+
+def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
+    return [
+        IncidentQuality(
+            affected=[str(exhibits.affected.ids[number]) for number in incident.affected],
+            label=exhibits.train.class_names[incident.label],
+            p_value=incident.p_value,
+            num_controls=incident.num_controls,
+            num_flagged=incident.num_flagged,
+            false_discovery_rate=incident.false_discovery_rate,
+            precision=incident.precision,
+        )
+        for incident in exhibits.flags.incidents
     ]
 
 

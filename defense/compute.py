@@ -48,6 +48,13 @@ def device() -> torch.device:
     return chosen
 
 
+def runs_on() -> dict[str, str]:
+    """Name the device, by its product name if it is an accelerator, and the version of torch."""
+    place = device()
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+    return {"device": name, "torch": torch.__version__}
+
+
 def seeded(seed: int, stream: str) -> torch.Generator:
     """Return a random generator for one named purpose.
 

@@ -36,4 +36,7 @@ def render(report: AuditReport, pictures: Mapping[str, bytes]) -> str:
     )
     environment.filters["percent"] = percent
     images = {name.removesuffix(".png"): data_uri(png) for name, png in pictures.items()}
-    return environment.get_template("report.html.j2").render(report=report, images=images)
+    rules = [(report.methods["detector"]["name"], entry) for entry in report.detection]
+    rules += [("delta_influence, as published", entry) for entry in report.published]
+    page = environment.get_template("report.html.j2")
+    return page.render(report=report, images=images, rules=rules)

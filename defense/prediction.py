@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defense.compute import batches, device
+from defense.compute import batches, device, repeatable
 from defense.errors import DataError
 from defense.records import ImageSet
 
@@ -16,11 +16,12 @@ PREDICT_BATCH = 500
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model on the device in eval mode without parameter gradients; undo it after."""
+    """Put a model on the device, repeatable and in eval mode without gradients; undo it after."""
     training = model.training
     required = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        yield model.to(device()).eval().requires_grad_(False)
+        with repeatable():
+            yield model.to(device()).eval().requires_grad_(False)
     finally:
         for parameter, wanted in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(wanted)

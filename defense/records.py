@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from defense.errors import DataError
+from defense.evidence import Directions, Incident
 
 Mask = NDArray[np.bool_]
 Tier = Literal["exact", "fast"]
@@ -282,12 +283,16 @@ class Case:
         queries: What was scored.
         scores: float32 ``[q, n]``; influence of every train row on every query. Positive:
             the row supports the query's label.
+        directions: Directions of the train rows.
+        controls: Clean inputs that nobody complained about.
     """
 
     train: ImageSet
     model: nn.Module
     queries: Queries
     scores: NDArray[np.float32]
+    directions: Directions | None = None
+    controls: ImageSet | None = None
 
 
 @dataclass(frozen=True)
@@ -300,12 +305,14 @@ class Flags:
         candidates: bool ``[n]``; rows the rule was applied to.
         predicted_label: bool ``[n]``; rows that carry the label of an affected input, so that
             reports can show the rule restricted to them and unrestricted, side by side.
+        incidents: What the affected inputs implicate, by a detector that judges them.
     """
 
     suspicion: NDArray[np.float32]
     threshold: float
     candidates: Mask
     predicted_label: Mask
+    incidents: tuple[Incident, ...] = ()
 
     @property
     def mask(self) -> Mask:

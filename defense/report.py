@@ -85,6 +85,29 @@ class DetectionQuality(Part):
     average_precision: float
 
 
+class IncidentQuality(Part):
+    """Affected inputs that implicate the same rows, as the detector judged them.
+
+    Attributes:
+        affected: Ids of the affected inputs.
+        label: The label they were given.
+        p_value: Share of clean inputs whose rows cohere as much, by the same procedure.
+        num_controls: Those clean inputs.
+        num_flagged: Rows that were flagged.
+        false_discovery_rate: Share of false flags that was promised.
+        precision: Precision of the flags that controls let expect: on average, and the ends of
+            a 95 % interval; None without flags.
+    """
+
+    affected: list[str]
+    label: str
+    p_value: float
+    num_controls: int
+    num_flagged: int
+    false_discovery_rate: float
+    precision: tuple[float, float, float] | None
+
+
 class Affected(Part):
     """An affected input: its id, the label the suspect model gave, its true class."""
 
@@ -110,7 +133,10 @@ class AuditReport(Part):
         after: The remediated model.
         detection: Flags against truth, for all rows and for the rows with the predicted
             label.
+        published: The published rule (Delta-Influence) against truth, for all rows and for the
+            rows with the predicted label.
         detector_verdict: ``poison found`` or ``nothing found``.
+        incidents: What the affected inputs implicate, if the detector judges them.
         num_train: Training rows.
         num_flagged: Rows removed.
         emptied_classes: Classes all of whose rows were removed.
@@ -128,7 +154,9 @@ class AuditReport(Part):
     before: ModelQuality
     after: ModelQuality
     detection: list[DetectionQuality]
+    published: list[DetectionQuality]
     detector_verdict: str
+    incidents: list[IncidentQuality]
     num_train: int
     num_flagged: int
     emptied_classes: list[str]
@@ -155,14 +183,15 @@ def headline(report: AuditReport) -> dict[str, Any]:
         figures[moment] = {
             name: getattr(quality, name).value for name in type(quality).model_fields
         }
-    figures["detection"] = {
-        entry.rows: {
-            "tpr": entry.tpr.value,
-            "precision": entry.precision.value,
-            "average_precision": entry.average_precision,
+    for rule, entries in (("detection", report.detection), ("published", report.published)):
+        figures[rule] = {
+            entry.rows: {
+                "tpr": entry.tpr.value,
+                "precision": entry.precision.value,
+                "average_precision": entry.average_precision,
+            }
+            for entry in entries
         }
-        for entry in report.detection
-    }
     return figures
 
 

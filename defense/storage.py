@@ -1,6 +1,7 @@
 """Save and load every record as a sealed artefact: npy for tables, safetensors for weights."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
 from defense.errors import ArtifactError
+from defense.evidence import Incident
 from defense.records import (
     Coverage,
     Factors,
@@ -208,7 +210,8 @@ def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:
         "candidates.npy": array(flags.candidates),
         "predicted_label.npy": array(flags.predicted_label),
     }
-    meta = {"threshold": flags.threshold, "verdict": flags.verdict}
+    incidents = [asdict(incident) for incident in flags.incidents]
+    meta = {"threshold": flags.threshold, "verdict": flags.verdict, "incidents": incidents}
     return write_artifact(path, "flags", files, meta=meta, inputs=inputs)
 
 
@@ -220,5 +223,12 @@ def load_flags(path: Path) -> tuple[Flags, Manifest]:
         manifest.fact("threshold"),
         read_array(path / "candidates.npy"),
         read_array(path / "predicted_label.npy"),
+        tuple(incident_of(facts) for facts in manifest.fact("incidents")),
     )
     return flags, manifest
+
+
+def incident_of(facts: dict[str, Any]) -> Incident:
+    """Build an incident from what was saved of it."""
+    several = {name: tuple(facts[name]) for name in ("affected", "expected_false")}
+    return Incident(**facts | several)

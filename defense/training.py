@@ -244,11 +244,11 @@ def _epoch(
     """Run one epoch, each step at its share of all steps; returns the mean loss."""
     recipe, images = stepper.recipe, phase.images
     order = torch.randperm(len(images), generator=generator).numpy()
-    total = torch.zeros(())
+    total = torch.zeros((), device=stepper.place)
     for rows, share in zip(np.array_split(order, len(shares)), shares, strict=True):
         batch = augment(images.images(rows), recipe, generator)
         loss = stepper.step(phase, batch, rows, learning_rate_at(recipe, float(share)))
-        total = total + loss.cpu() * len(rows)
+        total += loss * len(rows)  # stays on the device: no step waits for it
         bar.update()
     return float(total) / len(images)
 

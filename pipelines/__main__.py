@@ -19,6 +19,7 @@ STAGES = (
     "poison",
     "train",
     "factors",
+    "directions",
     "influence",
     "detect",
     "remediate",
@@ -47,7 +48,8 @@ def main(stage: str, cell: str | None) -> None:
     shutil.rmtree(paths.scratch(stage), ignore_errors=True)
     if cell:  # for the tables; no output of DVC, because it differs from run to run
         passed = {name: None if resumed else end - start[name] for name, end in clocks().items()}
-        note = passed | {"settings": settings_of(params, stage)}
+        place = importlib.import_module("defense.compute").runs_on()
+        note = passed | place | {"settings": settings_of(params, paths, stage)}
         write_json(paths.metrics(stage).with_suffix(".run.json"), note)
     click.echo(done)
 

@@ -18,7 +18,7 @@ from pipelines.paths import DEPTHS, REFERENCES, Paths
 
 CELLS = Path("cells")
 PARTS = ("world", "seed", "attack", "detector", "unlearner")
-SHARED = {"factors", "transforms", "scores", "audit", "gate", "tracking"}
+SHARED = {"factors", "directions", "transforms", "scores", "audit", "gate", "tracking"}
 WORLD = {"data", "model", "train", "attacks"}
 ATTACK = {"attack", "affected"}
 
@@ -53,11 +53,14 @@ def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
     return validate(path, sections), Paths(*(CELLS.joinpath(*names[:end]) for end in range(2, 6)))
 
 
-def settings_of(params: Params, stage: str) -> str:
+def settings_of(params: Params, paths: Paths, stage: str) -> str:
     """Digest the parameters that the result of a stage of a cell can depend on."""
-    depth = DEPTHS[stage]
-    later = [name for name, least in (("detector", 4), ("unlearner", 5)) if depth < least]
-    known = params.model_dump_json(exclude={*later, "audit", "gate", "tracking"})
+    unused = {"audit", "gate", "tracking"}
+    if DEPTHS[stage] < 4 or paths.detection.name in REFERENCES:
+        unused |= {"detector"} if stage == "directions" else {"detector", "directions"}
+    if DEPTHS[stage] < 5:
+        unused |= {"unlearner"}
+    known = params.model_dump_json(exclude=unused)
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from defense.gate import Policy
 from defense.influence.factors import FactorSettings
 from defense.influence.queries import TransformSettings
 from defense.influence.scores import ScoreSettings
+from defense.influence.store import DirectionSettings
 from defense.method import Method
 from defense.models import AnyArchitecture
 from defense.recipe import Recipe
@@ -55,6 +56,7 @@ class Params(Method):
         train: How it is trained.
         affected: Which inputs the investigation starts from.
         factors: How the curvature is estimated.
+        directions: How the directions of the rows are stored.
         transforms: How the affected inputs are transformed.
         scores: How influence is computed.
         detector: How rows are flagged.
@@ -71,6 +73,7 @@ class Params(Method):
     train: Recipe
     affected: AffectedSettings
     factors: FactorSettings
+    directions: DirectionSettings
     transforms: TransformSettings
     scores: ScoreSettings
     detector: AnyDetector

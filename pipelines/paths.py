@@ -12,6 +12,7 @@ DEPTHS = {
     "poison": 3,
     "train": 3,
     "factors": 3,
+    "directions": 3,
     "influence": 3,
     "detect": 4,
     "reference": 4,
@@ -77,6 +78,11 @@ class Paths:
     def factors(self) -> Path:
         """Artefact of the factors stage."""
         return self.attack / "artifacts/factors"
+
+    @property
+    def directions(self) -> Path:
+        """Artefact of the directions stage."""
+        return self.attack / "artifacts/directions"
 
     @property
     def scores(self) -> Path:

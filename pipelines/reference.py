@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -50,6 +50,8 @@ def kind(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(kind(part) for part in arguments)
+    if origin is Annotated:
+        return kind(arguments[0])
     if origin is tuple:
         return f"list of {kind(arguments[0])}"
     if annotation is type(None):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defense.attacks.triggered import Stamp, TriggerAttack
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, progress, repeatable, seeded
+from defense.compute import device, progress, seeded
 from defense.contracts import Surrogate
 from defense.errors import DataError
 from defense.prediction import frozen
@@ -67,7 +67,7 @@ class Smooth(TriggerAttack):
         target = train.class_index(self.target_class, role="attack.target_class")
         key = f"{VERSION} {self.model_dump_json()}".encode(), fingerprint(model, chosen)
         checkpoint = Checkpoint.at(surrogate.scratch, key)
-        with frozen(model), repeatable():
+        with frozen(model):
             pattern, fooled = self._fit(model, chosen.images().to(device()), target, checkpoint)
         logger.info("smooth trigger: changes %.0f %% of a clean model's labels", 100 * fooled)
         if fooled == 0:

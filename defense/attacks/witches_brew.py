@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from defense.attacks.planting import choose, copy_pixels, truth_of
 from defense.checkpoints import Checkpoint, fingerprint
-from defense.compute import device, progress, repeatable
+from defense.compute import device, progress
 from defense.contracts import Attack, Surrogate
 from defense.errors import DataError
 from defense.prediction import frozen, predict
@@ -118,7 +118,7 @@ class WitchesBrew(Attack):
         key = fingerprint(model, poison), victim.uint8().tobytes()
         settings = f"{VERSION} {seed} {self.model_dump_json()}".encode()
         checkpoint = Checkpoint.at(surrogate.scratch, [settings, *key])
-        with frozen(model), repeatable():
+        with frozen(model):
             model.requires_grad_(True)
             aim = parameter_gradient(model, victim.images(), poison.targets()[:1])
             task = Matching(self, model, aim, poison, deviations, surrogate.recipe)

@@ -8,11 +8,13 @@ from defense.detectors.activation_clustering import ActivationClustering
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.detectors.frequency import FrequencyDetector
 from defense.detectors.influence_threshold import InfluenceThreshold
+from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.detectors.poison_forensics import PoisonForensics
 from defense.detectors.spectral_signatures import SpectralSignatures
 
 AnyDetector = Annotated[
-    DeltaInfluence
+    NormalisedInfluence
+    | DeltaInfluence
     | InfluenceThreshold
     | ActivationClustering
     | SpectralSignatures

@@ -10,9 +10,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from defense.influence.borders import rotated_windows, worthwhile
-from defense.influence.layers import Trace, activations, output_gradients
+from defense.influence.layers import Layer, Trace, activations, output_gradients, padded
 from defense.influence.orders import (
     GROUP,
     TILE,
@@ -62,6 +63,29 @@ class Rotation:
         assert isinstance(layer, nn.Conv2d)
         self.num_offsets = layer.weight[0, 0].numel()
         return rotated_windows(layer, trace.x, self.offsets, self.source.shape[1], space)
+
+    def convolves(self, layer: Layer) -> bool:
+        """Tell whether a convolution with few filters does what the rotation of patches does."""
+        narrow = self.source.shape[1] < self.source.shape[2]
+        return narrow and isinstance(layer, nn.Conv2d) and layer.groups == 1
+
+    @cached_property
+    def filters(self) -> Tensor:
+        """The matrix ``[r, k]`` as the filters of a convolution."""
+        return self.source[0].to(self.place, self.dtype).contiguous()
+
+    def convolved(self, trace: Trace) -> Tensor:
+        """Rotate what a convolution's kernel sees by a convolution: ``[n, 1, t, r]``."""
+        layer = trace.layer
+        assert isinstance(layer, nn.Conv2d)
+        rows, columns = layer.kernel_size
+        matrix = self.filters
+        inner = rows * columns * layer.in_channels
+        weight = matrix[:, :inner].view(-1, rows, columns, layer.in_channels).permute(0, 3, 1, 2)
+        bias = matrix[:, inner] if matrix.shape[1] > inner else None
+        x = padded(layer, trace.x).to(self.dtype)
+        turned = F.conv2d(x, weight, bias, layer.stride, 0, layer.dilation)
+        return turned.permute(0, 2, 3, 1).reshape(len(trace), 1, trace.positions, -1)
 
     def outputs(self, gradient: Tensor) -> Tensor:
         """Rotate the outputs of gradients: ``[n, g, o, i]`` to ``[n, g, r, i]``."""
@@ -118,7 +142,7 @@ def gradients(
     """
     shape = trace.shape
     for group, a, s in _sides(trace, basis, order, dtype, space):
-        for part in balanced(len(a), tile // (shape.groups * shape.outputs * shape.inputs)):
+        for part in balanced(len(a), tile // (shape.groups * s.shape[-1] * a.shape[-1])):
             gradient = _gradient(a[part], s[part], space)
             if not order.inputs_first:
                 gradient = basis.inputs(gradient)
@@ -179,7 +203,9 @@ def _sides(
     shape = trace.shape
     for group in balanced(len(trace), GROUP // (shape.groups * shape.positions * shape.inputs)):
         part = trace.rows(group)
-        if order.inputs_first and dtype == part.x.dtype and worthwhile(part.layer, part.x):
+        if order.inputs_first and basis.inputs.convolves(part.layer):
+            a = basis.inputs.convolved(part)
+        elif order.inputs_first and dtype == part.x.dtype and worthwhile(part.layer, part.x):
             a = basis.inputs.windows(part, space)
         else:
             a = activations(part, dtype, space)

@@ -1,5 +1,6 @@
 """The metric of the damped inverse EK-FAC matrix: preconditioned queries, norms of rows."""
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ from defense.influence.contraction import Basis, gradients, tiles
 from defense.influence.layers import Shape, Trace
 from defense.influence.orders import LARGE_TILE, Frame, Grid, cheapest
 from defense.influence.products import Workspace, heavy_dtype, product
-from defense.records import Factors
+from defense.records import Factors, LayerFactors
 
 
 class Metric:
@@ -65,6 +66,34 @@ class Metric:
         chosen = self.layers[name].lambda_matrix[:, cell[0], cell[1]]
         eigenvalues = chosen.to(self.place, self.wide)
         return 1 / (eigenvalues + damping * self.means[name])
+
+    def leading(self, inputs: int, outputs: int) -> "Metric":
+        """Restrict the metric to the eigenvectors of each side that hold most of it.
+
+        An eigenvector's part is the sum of ``lambda / (lambda + damping)`` over the other side.
+
+        Args:
+            inputs: Eigenvectors of a layer's inputs, at most.
+            outputs: Eigenvectors of a layer's outputs, at most.
+        """
+        part = copy.copy(self)
+        part.bases, part.layers = {}, {}
+        for name, layer in self.layers.items():
+            level = min(self.dampings) * self.means[name]
+            energy = layer.lambda_matrix / (layer.lambda_matrix + level)
+            columns, rows = _largest(energy.sum(1), inputs), _largest(energy.sum(2), outputs)
+            kept = layer.lambda_matrix.take_along_dim(rows[:, :, None], 1)
+            part.layers[name] = LayerFactors(
+                layer.activation_eigenvectors.take_along_dim(columns[:, None], 2),
+                layer.gradient_eigenvectors.take_along_dim(rows[:, None], 2),
+                kept.take_along_dim(columns[:, None], 2),
+            )
+        return part
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Return the places of the largest values of every row, ascending: ``[g, count]``."""
+    return values.topk(min(count, values.shape[1])).indices.sort().values
 
 
 class QuerySide:

@@ -52,6 +52,7 @@ class Order:
         return names[self.inputs_first, self.outputs_first]
 
 
+ROTATE_FIRST = Order(inputs_first=True, outputs_first=True)
 ORDERS = tuple(Order(a, b) for a in (True, False) for b in (True, False))
 
 

@@ -15,7 +15,7 @@ from defense.influence.digests import digest_of_factors, require_own_factors
 from defense.influence.layers import Trace, Visit
 from defense.influence.metric import Metric
 from defense.influence.network import Network
-from defense.influence.orders import cheapest
+from defense.influence.orders import ROTATE_FIRST, cheapest
 from defense.influence.products import provenance
 from defense.influence.task import Task, cotangents
 from defense.records import Factors, ImageSet
@@ -30,7 +30,9 @@ class Sketcher:
     of a row has as many coordinates as the model has parameters. An inner product of sketches
     of `m` numbers, into which a share `e` of the energy is folded, carries a noise of
     ``e / sqrt(m)``; and what rows have in common lies in the strongest coordinates, so leaving
-    the weak ones out costs less than folding them in.
+    the weak ones out costs less than folding them in. With `leading` eigenvectors alone the
+    others are not even computed, which takes a fraction of the time, and directions are those
+    within their span.
 
     Attributes:
         kept: Numbers of the coordinates in use, ascending, counted through all layers.
@@ -38,7 +40,14 @@ class Sketcher:
     """
 
     def __init__(
-        self, model: nn.Module, factors: Factors, damping: float, size: int, seed: int, task: Task
+        self,
+        model: nn.Module,
+        factors: Factors,
+        damping: float,
+        size: int,
+        seed: int,
+        task: Task,
+        leading: tuple[int, int] | None = None,
     ) -> None:
         """Prepare; `keep` says of which coordinates the sketches are made.
 
@@ -49,6 +58,7 @@ class Sketcher:
             size: Numbers of a sketch, `m`; no more than there are coordinates are used.
             seed: Of the signs; the same seed draws the same.
             task: Whose measure is differentiated.
+            leading: Eigenvectors of each layer's inputs and outputs that are used; None for all.
 
         Raises:
             ArtifactError: The factors belong to another model.
@@ -56,7 +66,9 @@ class Sketcher:
         require_own_factors(factors, model)
         self.network = Network(model, factors.excluded)
         self.metric = Metric(factors, (damping,), self.network.place, self.network.dtype)
-        self.task, self.seed = task, seed
+        if leading is not None:
+            self.metric = self.metric.leading(*leading)
+        self.task, self.seed, self.leading = task, seed, leading
         self.origin = self._origin(factors, damping)
         self.weights = {
             name: self.metric.weight(name, damping).flatten() for name in factors.layers
@@ -113,7 +125,7 @@ class Sketcher:
         """Yield a layer's gradients in the eigenbasis, ``[m, g*o*i]``."""
         if name in self.weights:
             metric, basis = self.metric, self.metric.basis(name)
-            order = cheapest(trace.shape)
+            order = cheapest(trace.shape) if self.leading is None else ROTATE_FIRST
             for part, gradient in gradients(trace, basis, order, metric.dtype, metric.space):
                 yield part, gradient.flatten(1).to(metric.wide)
 
@@ -141,7 +153,7 @@ class Sketcher:
         parts = (
             bytes.fromhex(factors.model),
             digest_of_factors(factors),
-            f"{damping} {self.seed}".encode(),
+            f"{damping} {self.seed} {self.leading}".encode(),
             self.task.digest(),
             provenance(self.network.place),
         )

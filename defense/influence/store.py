@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from defense.artifacts import open_artifact, write_artifact
@@ -31,6 +31,7 @@ from defense.storage import array, read_array
 
 COLUMNS = 2**13  # columns of the sketches that are treated together
 GATHER = 4  # batches that are brought to components together
+ARRAYS = ("rows", "self_influence", "components", "kept")
 TRIAL = 128  # rows on which the strongest coordinates are found
 
 
@@ -38,16 +39,19 @@ class StoreSettings(Method):
     """How much is kept of every row.
 
     Attributes:
-        components: Numbers kept per row, two bytes each; at most as many as probe rows.
+        components: Numbers kept per row, two bytes each; at most as many as probe rows. None
+            keeps the sketches themselves.
         sketch: Numbers of a sketch. Shared by all rows are as many times `components` numbers.
+        leading: Eigenvectors of each layer's inputs and outputs that are used; None for all.
         probe: Rows the components are found on; all of them if there are no more.
         damping: Relative to each layer's mean Lambda.
         batch_size: Rows per step.
         seed: Of the signs and of the choice of probe rows.
     """
 
-    components: int = Field(4096, gt=0)
+    components: int | None = Field(4096, gt=0)
     sketch: int = Field(2**19, gt=0)
+    leading: tuple[PositiveInt, PositiveInt] | None = None
     probe: int = Field(4096, gt=0)
     damping: float = Field(0.1, gt=0)
     batch_size: int = Field(64, gt=0)
@@ -55,7 +59,21 @@ class StoreSettings(Method):
 
     def sketcher(self, model: nn.Module, factors: Factors, task: Task = CLASSIFICATION) -> Sketcher:
         """Prepare for sketches; it may serve many calls."""
-        return Sketcher(model, factors, self.damping, self.sketch, self.seed, task)
+        return Sketcher(
+            model, factors, self.damping, self.sketch, self.seed, task, leading=self.leading
+        )
+
+
+class DirectionSettings(StoreSettings):
+    """A store that is quick to make, to compare rows and inputs with each other.
+
+    It takes a fraction of the time of the full store; its cosines are those within the span of
+    the leading eigenvectors.
+    """
+
+    components: int | None = Field(None, gt=0)
+    sketch: int = Field(2**13, gt=0)
+    leading: tuple[PositiveInt, PositiveInt] | None = (128, 64)
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class RowStore:
         rows: float16 ``[n, k]``, memory-mapped.
         self_influence: float32 ``[n]``; ``grad measure^T H^-1 grad measure`` of every row.
         components: bfloat16 as int16 ``[k, sketch]``, memory-mapped; from sketches to vectors.
+            None if vectors are sketches.
         kept: Numbers of the coordinates the sketches are made of; see `Sketcher`.
         settings: How it was made.
         origin: See `Sketcher`.
@@ -74,7 +93,7 @@ class RowStore:
 
     rows: NDArray[np.float16]
     self_influence: NDArray[np.float32]
-    components: NDArray[np.int16]
+    components: NDArray[np.int16] | None
     kept: NDArray[np.int64]
     settings: StoreSettings
     origin: str
@@ -109,13 +128,15 @@ class RowStore:
 
     def vectors(self, sketches: Tensor) -> Tensor:
         """Bring sketches ``[m, sketch]`` to stored vectors ``[m, k]``."""
+        if self.components is None:
+            return sketches.cpu().float()
         components = _shared(self.components).view(torch.bfloat16)
         return (sketches.cpu().to(torch.bfloat16) @ components.T).float()
 
     def save(self, path: Path, *, inputs: dict[str, str] | None = None) -> str:
         """Save as an artefact; returns its digest."""
-        names = "rows", "self_influence", "components", "kept"
-        files = {f"{name}.npy": array(getattr(self, name)) for name in names}
+        parts = {name: getattr(self, name) for name in ARRAYS}
+        files = {f"{name}.npy": array(part) for name, part in parts.items() if part is not None}
         meta = {"settings": self.settings.model_dump(mode="json"), "origin": self.origin}
         meta["images"] = self.images
         return write_artifact(path, "row_store", files, meta=meta, inputs=inputs)
@@ -135,12 +156,15 @@ def load_store(path: Path) -> RowStore:
         ArtifactError: It is missing or damaged.
     """
     manifest = open_artifact(path, "row_store")
+    settings = StoreSettings(**manifest.fact("settings"))
+    names = [name for name in ARRAYS if name != "components" or settings.components is not None]
+    parts = {name: read_array(path / f"{name}.npy", mapped=True) for name in names}
     return RowStore(
-        read_array(path / "rows.npy", mapped=True),
-        read_array(path / "self_influence.npy"),
-        read_array(path / "components.npy", mapped=True),
-        read_array(path / "kept.npy"),
-        StoreSettings(**manifest.fact("settings")),
+        parts["rows"],
+        parts["self_influence"],
+        parts.get("components"),
+        parts["kept"],
+        settings,
         manifest.fact("origin"),
         manifest.fact("images"),
     )
@@ -176,16 +200,18 @@ def build_store(
         raise DataError("expected rows to store, got none")
     sketcher = settings.sketcher(model, factors, task)
     probe = probe_rows(len(images), settings)
-    trial = images.where(np.isin(np.arange(len(images)), probe[:TRIAL]))
-    sketcher.keep(sketcher.strongest(trial, settings.batch_size))
+    sketcher.keep(_coordinates(sketcher, images, probe, settings))
     data = digest_of_images(images)
     key = data, settings.model_dump_json().encode(), bytes.fromhex(sketcher.origin)
     steps = [Checkpoint.at(scratch, [*key, step]) for step in (b"probe", b"components", b"rows")]
-    known, norms = _probe(sketcher, images.take(probe), settings.batch_size, steps[0])
-    vectors, components = _principal(known, min(settings.components, len(probe)), steps[1])
-    rows = steps[2].array((len(images), vectors.shape[1]), np.dtype(np.float16))
-    own = np.empty(len(images), dtype=np.float32)
-    rows[probe], own[probe] = vectors, norms
+    own, components, count = np.zeros(len(images), dtype=np.float32), None, sketcher.size
+    if settings.components is not None:
+        known, own[probe] = _probe(sketcher, images.take(probe), settings.batch_size, steps[0])
+        count = min(settings.components, len(probe))
+        vectors, components = _principal(known, count, steps[1])
+    rows = steps[2].array((len(images), count), np.dtype(np.float16))
+    if components is not None:
+        rows[probe] = vectors
     store = RowStore(rows, own, components, sketcher.kept, settings, sketcher.origin, data.hex())
     _others(store, sketcher, images, probe, steps[2])
     rows.setflags(write=False)  # it may be the file a killed build continues from
@@ -193,9 +219,20 @@ def build_store(
 
 
 def probe_rows(count: int, settings: StoreSettings) -> NDArray[np.int64]:
-    """Draw the rows, out of `count`, that the components are found on."""
+    """Draw the rows, out of `count`, that the components are found on, if there are any."""
     order = torch.randperm(count, generator=seeded(settings.seed, "probe")).numpy()
-    return order[: settings.probe]
+    return order[: 0 if settings.components is None else settings.probe]
+
+
+def _coordinates(
+    sketcher: Sketcher, images: ImageSet, probe: NDArray[np.int64], settings: StoreSettings
+) -> NDArray[np.int64]:
+    """Choose the coordinates the sketches are made of; all that leading eigenvectors leave."""
+    if settings.leading is not None:
+        return np.arange(sketcher.count)
+    chosen = probe if len(probe) else np.arange(len(images))
+    trial = images.where(np.isin(np.arange(len(images)), chosen[:TRIAL]))
+    return sketcher.strongest(trial, settings.batch_size)
 
 
 def _probe(
@@ -224,6 +261,7 @@ def _others(
     """Store the rows that are not probe rows."""
     rest, size = np.delete(np.arange(len(images)), probe), store.settings.batch_size
     stored: Any = store.rows
+    kept = torch.float32 if store.components is None else torch.bfloat16
     state = checkpoint.load() or {"row": 0, "norms": torch.from_numpy(store.self_influence)}
     store.self_influence[:] = state["norms"].numpy()
     for places in batches(len(rest), GATHER * size, label="row store", first=state["row"]):
@@ -231,7 +269,7 @@ def _others(
         for batch in np.array_split(rest[places], -(-len(places) // size)):
             sketches, norms = sketcher.sketches(images.images(batch), images.targets(batch))
             store.self_influence[batch] = norms.cpu().numpy()
-            parts.append(sketches.cpu().to(torch.bfloat16))
+            parts.append(sketches.cpu().to(kept))
         stored[rest[places]] = store.vectors(torch.cat(parts)).numpy()
         if checkpoint.due():
             stored.flush()

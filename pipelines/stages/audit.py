@@ -4,16 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from defense.artifacts import Manifest, require_input, write_bytes, write_json, write_text
+from defense.artifacts import (
+    Manifest,
+    open_artifact,
+    require_input,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from defense.audit import Exhibits, audit, evidence, flags_csv
+from defense.compute import seeded
+from defense.detectors.delta_influence import DeltaInfluence
 from defense.html import render
 from defense.pictures import draw
-from defense.records import Factors
+from defense.records import Case, Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
 from pipelines.params import Params
 from pipelines.paths import REFERENCES, Paths
-from pipelines.stages.common import load_model
+from pipelines.stages.common import blinded, load_model
 
 T = TypeVar("T")
 OTHER_SECTIONS = {"gate", "tracking"}  # what happens after the audit
@@ -77,11 +86,19 @@ def collect(params: Params, paths: Paths, shelf: Shelf) -> tuple[Exhibits, Facto
     before = shelf.take(paths.suspect, lambda path: load_model(path, params, train))
     affected = shelf.take(paths.affected, load_images)
     factors = shelf.take(paths.factors, load_factors)
-    shelf.take(paths.scores, load_scores)
+    scores = shelf.take(paths.scores, load_scores)
+    shelf.note(paths.directions, open_artifact(paths.directions, "row_store"))
     flags = shelf.take(paths.flags, load_flags)
     after = shelf.take(paths.remediated, lambda path: load_model(path, params, train))
-    exhibits = Exhibits(train, test, probe, truth, affected, flags, before, after)
+    case = Case(blinded(train), before, *scores)
+    published = published_rule(params).detect(case, seeded(params.seed, "published"))
+    exhibits = Exhibits(train, test, probe, truth, affected, flags, published, before, after)
     return exhibits, factors
+
+
+def published_rule(params: Params) -> DeltaInfluence:
+    """The paper's rule, which stands beside whichever one was chosen; it needs one transform."""
+    return DeltaInfluence(affected=1, tolerance=min(1, params.transforms.num_transforms - 1))
 
 
 def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:

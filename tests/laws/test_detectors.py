@@ -1,6 +1,7 @@
 """Laws of every detector, and the published facts of each."""
 
-from dataclasses import fields, replace
+import zlib
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from defense.detectors.corruptions import CORRUPTIONS
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.detectors.frequency import FrequencyDetector, Spectrum
 from defense.detectors.influence_threshold import InfluenceThreshold
+from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.detectors.poison_forensics import (
     Inquiry,
     PoisonForensics,
@@ -59,6 +61,41 @@ class Flat(nn.Module):
         return self.linear(self.pool(images).flatten(1))
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Directions that are given; an input that is not known has one of its own."""
+
+    vectors: np.ndarray
+    known: dict[bytes, np.ndarray]
+
+    def take(self, rows: np.ndarray) -> "Vectors":
+        return Vectors(self.vectors[rows], self.known)
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        return self.vectors[rows] @ self.vectors.T
+
+    def inputs(self, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+        keys = [image.contiguous().numpy().tobytes() for image in images]
+        found = [self.known.get(key, self.other(key)) for key in keys]
+        return np.stack(found) @ self.vectors.T
+
+    def other(self, key: bytes) -> np.ndarray:
+        return unit(np.random.default_rng(zlib.crc32(key)).normal(size=self.vectors.shape[1]))
+
+
+def vectors_of(train: ImageSet, planted: np.ndarray, affected: torch.Tensor) -> Vectors:
+    """Planted rows and the affected input have a part in common."""
+    rng = np.random.default_rng(7)
+    common = 6 * np.eye(64)[0]
+    vectors = unit(rng.normal(size=(len(train), 64)) + np.outer(planted, common))
+    own = unit(rng.normal(size=64) + common)
+    return Vectors(vectors, {affected.contiguous().numpy().tobytes(): own})
+
+
 def make_case(*, affected: int = 1, transforms: int = 9, rows: int = ROWS) -> Case:
     """Random scores and images; some rows of the predicted label stand out in both."""
     rng = np.random.default_rng(3)
@@ -78,7 +115,9 @@ def make_case(*, affected: int = 1, transforms: int = 9, rows: int = ROWS) -> Ca
     )
     scores = rng.normal(size=(len(change), rows)).astype(np.float32)
     scores[np.ix_(change.numpy() == 0, planted)] += 100
-    return Case(train, Flat(train, planted).eval(), queries, scores)
+    directions = vectors_of(train, planted, queries.images[0])
+    controls = make_images(240, seed=8)
+    return Case(train, Flat(train, planted).eval(), queries, scores, directions, controls)
 
 
 def detect(detector: Detector, case: Case) -> Flags:
@@ -91,7 +130,8 @@ def detector(request) -> Detector:
 
 
 def test_cannot_see_the_truth() -> None:
-    assert {field.name for field in fields(Case)} == {"train", "model", "queries", "scores"}
+    known = {"train", "model", "queries", "scores", "directions", "controls"}
+    assert {field.name for field in fields(Case)} == known
 
 
 @pytest.mark.parametrize("affected", [1, 5])
@@ -135,17 +175,23 @@ def test_follows_a_permutation_of_the_rows(detector: Detector) -> None:
     train = case.train
     moved = replace(train, labels=train.labels[order], ids=train.ids[order], rows=train.rows[order])
     straight = detect(detector, case)
-    mixed = detect(detector, replace(case, train=moved, scores=case.scores[:, order]))
+    directions = case.directions.take(order)
+    mixed = detect(
+        detector,
+        replace(case, train=moved, scores=case.scores[:, order], directions=directions),
+    )
     np.testing.assert_allclose(mixed.suspicion, straight.suspicion[order], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(mixed.mask, straight.mask[order])
 
 
 def test_can_be_restricted_to_the_predicted_label(detector: Detector) -> None:
     case = make_case()
-    everywhere = detect(detector, case)
+    everywhere = detect(detector.model_copy(update={"rows": "all"}), case)
     restricted = detect(detector.model_copy(update={"rows": "predicted_label"}), case)
     assert everywhere.candidates.all()
-    np.testing.assert_array_equal(restricted.mask, everywhere.mask & (case.train.labels == 1))
+    np.testing.assert_array_equal(restricted.candidates, case.train.labels == 1)
+    if not isinstance(detector, NormalisedInfluence):  # which compares with other rows then
+        np.testing.assert_array_equal(restricted.mask, everywhere.mask & restricted.candidates)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, -100.0])

@@ -82,7 +82,9 @@ PARAMS: dict[str, tuple[str, Callable[[dict], object], str]] = {
         "train", lambda p: p["train"].update(epochs=1, learning_rate=1e-6), "affected.count is 1",
     ),
     "tolerance above the transforms": (
-        "detect", lambda p: p["detector"].update(tolerance=12), "expected less than the number",
+        "detect",
+        lambda p: p.update(detector={"name": "delta_influence", "tolerance": 12}),
+        "expected less than the number",
     ),
 }  # fmt: skip
 

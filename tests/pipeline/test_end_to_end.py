@@ -83,14 +83,15 @@ def test_report_opens_offline(clone: Path) -> None:
 
 def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     """The promise of a lineage: the same inputs give the same digest."""
-    outs = ("artifacts/suspect", "artifacts/affected", "artifacts/factors", "artifacts/scores")
-    folders = [home / name for name in (*outs, "artifacts/flags", "artifacts/remediated")]
+    outs = ("suspect", "affected", "factors", "directions", "scores", "flags", "remediated")
+    folders = [home / "artifacts" / name for name in outs]
     folders.append(home / "reports")
     before = [file_bytes(folder) for folder in folders]
     left_by_a_kill = home / "scratch" / "train" / "old.pt"
     left_by_a_kill.parent.mkdir(parents=True)
     left_by_a_kill.touch()
-    for name in ("train", "factors", "influence", "detect", "remediate", "audit", "gate"):
+    stages = "train factors directions influence detect remediate audit gate"
+    for name in stages.split():
         done = stage(home, name)
         assert done.returncode == 0
         assert len(done.stdout.strip().splitlines()) == 1  # what it tells the user

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"defense.errors", "defense.method"},
     {"defense.artifacts", "defense.recipe", "defense.report"},
-    {"defense.records", "defense.compute"},
+    {"defense.evidence", "defense.records", "defense.compute"},
     {"defense.checkpoints", "defense.phases", "defense.statistics"},
     {
         "defense.storage",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from defense.errors import DefenseError
-from pipelines.matrix import read_cell
+from pipelines.matrix import read_cell, settings_of
 from pipelines.paths import REFERENCES
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +79,8 @@ def test_cells_depend_on_the_code_of_the_root_pipeline_and_their_own_method(stag
             for file in files
             if file.name != "__init__.py" and 'name: Literal["' not in file.read_text()
         }
+        if stage.startswith("audit"):  # shows the published rule beside any other
+            helpers.add(f"{name}/delta_influence.py")
         assert {dep for dep in of_methods(ours) if "${item" not in dep} == helpers
 
 
@@ -91,6 +93,38 @@ def test_a_cell_collects_its_sections_and_folders() -> None:
     assert paths.flags == Path("cells/cifar10/3/smooth/ekfac/artifacts/flags")
     assert paths.reports == Path("cells/cifar10/3/smooth/ekfac/potion/reports")
     assert paths.scratch("detect") == Path("cells/cifar10/3/smooth/ekfac/scratch/detect")
+
+
+@pytest.mark.parametrize(
+    ("cell", "stage", "changed", "same"),
+    [
+        ("cifar10/0/badnets", "train", "detectors", True),
+        ("cifar10/0/badnets", "train", "directions", True),
+        ("cifar10/0/badnets", "directions", "directions", False),
+        ("cifar10/0/badnets/normalised", "detect", "directions", False),
+        ("cifar10/0/badnets/normalised", "detect", "detectors", False),
+        ("cifar10/0/badnets/truth", "reference", "detectors", True),
+        ("cifar10/0/badnets/truth/eu", "remediate", "detectors", True),
+        ("cifar10/0/badnets/truth/eu", "remediate", "directions", True),
+        ("cifar10/0/badnets/truth/eu", "remediate", "unlearners", False),
+    ],
+)
+def test_settings_are_those_a_cell_depends_on(
+    cell: str, stage: str, changed: str, same: bool, tmp_path: Path
+) -> None:
+    matrix = yaml.safe_load((PAPER / "params.yaml").read_text())
+    other = tmp_path / "params.yaml"
+    if changed == "detectors":
+        matrix[changed] = {name: {"name": "activation_clustering"} for name in matrix[changed]}
+    elif changed == "unlearners":
+        matrix[changed] = {name: {"name": "potion"} for name in matrix[changed]}
+    else:
+        matrix["shared"][changed] = {"batch_size": 7}
+    other.write_text(yaml.safe_dump(matrix))
+    before, after = (
+        settings_of(*read_cell(path, cell, stage), stage) for path in (PAPER / "params.yaml", other)
+    )
+    assert (before == after) is same
 
 
 @pytest.mark.parametrize("kind", REFERENCES)

@@ -1,0 +1,206 @@
+"""The default detector: what it promises about flags, verdicts and several affected inputs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from defense.detectors.coherence import Block, Controls, Rows, standardised
+from defense.detectors.normalised_influence import NormalisedInfluence
+from defense.errors import DataError
+from defense.records import Case, Flags, ImageSet, Queries
+from tests.conftest import make_images
+from tests.laws.test_detectors import Flat, Vectors, unit
+
+SIZE, WIDTH = 2000, 256
+
+
+def vectors_with(*blocks: np.ndarray, strength: float = 12.0) -> np.ndarray:
+    """Random unit vectors; those of a block have a part in common."""
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(SIZE, WIDTH))
+    for axis, block in enumerate(blocks):
+        vectors[block, axis] += strength
+    return unit(vectors)
+
+
+def towards(axis: int | None, seed: int, strength: float = 12.0) -> np.ndarray:
+    vector = np.random.default_rng(seed).normal(size=WIDTH)
+    if axis is not None:
+        vector[axis] += strength
+    return unit(vector)
+
+
+def case_of(vectors: np.ndarray, affected: list[np.ndarray], labels: np.ndarray) -> Case:
+    """Rows of class 1 with these directions, other rows with labels of their own."""
+    train = make_images(SIZE, seed=8)
+    train = ImageSet(train.pixels, labels, *list(vars(train).values())[2:])
+    images = make_images(len(affected), seed=21).images()
+    known = {
+        image.contiguous().numpy().tobytes(): vector
+        for image, vector in zip(images, affected, strict=True)
+    }
+    numbers = torch.arange(len(affected))
+    queries = Queries(images, torch.ones(len(affected), dtype=torch.int64), numbers, numbers * 0)
+    nothing = np.zeros((len(affected), SIZE), np.float32)
+    model = Flat(train, np.zeros(SIZE, bool)).eval()
+    return Case(train, model, queries, nothing, Vectors(vectors, known), make_images(800, seed=8))
+
+
+def detect(case: Case, **options) -> Flags:
+    rule = NormalisedInfluence(**options)
+    return rule.detect(case, torch.Generator().manual_seed(5))
+
+
+LABELS = np.where(np.arange(SIZE) < 1600, 1, np.arange(SIZE) % 4)
+BLOCK = np.arange(0, 200, 5)  # 40 rows of class 1
+OTHER = np.arange(1, 300, 6)  # 50 others
+
+
+def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:
+    flags = detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS))
+    assert flags.verdict == "poison found"
+    (incident,) = flags.incidents
+    assert incident.p_value <= 0.02
+    assert flags.mask[BLOCK].mean() > 0.95
+    flagged = np.flatnonzero(flags.mask)
+    assert incident.num_flagged == len(flagged)
+    mean, low, high = incident.precision
+    assert low <= mean <= high
+    assert low - 0.03 <= np.isin(flagged, BLOCK).mean() <= high + 0.03
+
+
+def test_finds_nothing_for_an_input_without_a_block() -> None:
+    flags = detect(case_of(vectors_with(BLOCK), [towards(None, 3)], LABELS))
+    assert flags.verdict == "nothing found"
+    assert flags.incidents[0].p_value > 0.02
+    assert flags.incidents[0].num_flagged == 0
+
+
+def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:
+    directions = [towards(0, 3), towards(1, 4), towards(0, 5), towards(None, 7)]
+    flags = detect(case_of(vectors_with(BLOCK, OTHER), directions, LABELS))
+    found = {incident.affected: incident.num_flagged for incident in flags.incidents}
+    assert set(found) == {(0, 2), (1,), (3,)}
+    assert found[3,] == 0
+    assert flags.mask[BLOCK].mean() > 0.95
+    assert flags.mask[OTHER].mean() > 0.95
+
+
+@pytest.mark.parametrize("strength", [4.0, 6.0])
+def test_more_evidence_does_not_hurt(strength: float) -> None:
+    """Weak affected inputs: those of one incident find at least what the first one finds."""
+    vectors = vectors_with(BLOCK)
+    directions = [towards(0, seed, strength) for seed in range(3, 8)]
+    case = case_of(vectors, directions, LABELS)
+    alone, several = (detect(case, affected=count).mask[BLOCK].mean() for count in (1, 5))
+    assert several >= alone
+
+
+def test_rows_of_other_labels_are_flagged_only_on_request() -> None:
+    block = np.arange(0, SIZE, 50)  # of all classes
+    case = case_of(vectors_with(block), [towards(0, 3)], LABELS)
+    restricted, everywhere = detect(case), detect(case, rows="all")
+    assert not restricted.mask[LABELS != 1].any()
+    assert everywhere.mask[block].mean() > 0.95
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_the_false_discovery_rate_is_held(rate: float) -> None:
+    shares, found = [], 0
+    for seed in range(8):
+        case = case_of(vectors_with(BLOCK, strength=5.0), [towards(0, seed)], LABELS)
+        mask = detect(case, false_discovery_rate=rate).mask
+        found += mask[BLOCK].sum()
+        shares.append((mask.sum() - mask[BLOCK].sum()) / max(1, mask.sum()))
+    assert found > 8 * 0.15 * len(BLOCK)
+    assert np.mean(shares) < 1.5 * rate
+
+
+def test_verdicts_without_an_incident_are_rarely_alarms() -> None:
+    vectors = vectors_with(BLOCK)
+    found = [
+        detect(case_of(vectors, [towards(None, seed)], LABELS), alarm=0.1).verdict
+        for seed in range(40)
+    ]
+    assert found.count("poison found") <= 10  # 4 on average
+
+
+def test_a_case_without_directions_or_controls_is_refused() -> None:
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    for lacking in ("directions", "controls"):
+        with pytest.raises(DataError, match="run: dvc repro directions"):
+            detect(replace(case, **{lacking: None}))
+
+
+def test_growing_leaves_a_row_out_of_its_own_judgement() -> None:
+    vectors = vectors_with(BLOCK)
+    rows = Rows(Vectors(vectors, {}), np.arange(SIZE))
+    between = rows.between(np.array([7, 3]))
+    assert np.isnan(between[[0, 1], [7, 3]]).all()
+    assert np.isfinite(np.delete(between, [3, 7], axis=1)).all()
+    block = rows.grow(standardised(towards(0, 3)[None] @ vectors.T)[0], seeds=8, rounds=5)
+    grown = block.scores
+    assert np.isfinite(grown).all()
+    assert set(block.seeds) < set(BLOCK)
+    assert np.median(grown[BLOCK]) > 5 > np.delete(grown, BLOCK).max()
+
+
+def test_p_values_of_controls_are_their_ranks() -> None:
+    blocks = [block_of(each, each, first=100) for each in noise(50)]
+    scores = np.array([-9.0, 0.0, 9.0], dtype=np.float32)
+    low, middle, high = Controls(blocks, rate=0.05).p_values(block_of(scores, scores))
+    assert low == 1
+    assert middle == pytest.approx(0.5, abs=0.03)
+    assert high == pytest.approx(1 / 5001)
+
+
+def noise(count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 100)).astype(np.float32)
+
+
+def block_of(start: np.ndarray, scores: np.ndarray, first: int = 0) -> Block:
+    places = np.arange(first, first + len(scores))
+    return Block(start, scores.astype(np.float32), places, places[np.argsort(-scores)[:3]])
+
+
+def test_controls_that_end_at_the_block_neither_hide_it_nor_count_as_found() -> None:
+    """A third of the controls are drawn in: their rows score as high, they do not cohere."""
+    values, planted = noise(60), np.arange(100) < 10
+    drawn = [block_of(each, each + 9 * planted) for each in values[:20]]
+    rest = [block_of(each, each) for each in values[20:]]
+    own = block_of(values[0] + 3 * planted, drawn[0].scores)
+    finding = Controls(drawn + rest, rate=0.02).judge(own)
+    np.testing.assert_array_equal(finding.flagged, planted)
+    assert finding.p_value == 1 / 61
+    assert finding.expected_false == (0, 0, 0)
+    innocent = Controls(drawn[1:] + rest, rate=0.02).judge(drawn[0])
+    assert innocent.p_value > 0.05
+
+
+def test_a_control_is_not_compared_with_itself() -> None:
+    blocks = [block_of(each, each) for each in noise(50)]
+    for number in (0, 7):
+        rest = Controls(blocks[:number] + blocks[number + 1 :], rate=0.05)
+        expected = rest.p_values(blocks[number])
+        np.testing.assert_array_equal(Controls(blocks, 0.05).p_values(blocks[number]), expected)
+
+
+def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
+    cosines = np.ones((1, 9), dtype=np.float32)
+    cosines[0, 0] = -1
+    assert np.isfinite(standardised(cosines)).all()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_label_without_rows_and_a_model_that_gets_nothing_right_are_refused(count: int) -> None:
+    labels = np.where(np.arange(SIZE) < count, 1, 2)
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], labels)
+    with pytest.raises(DataError, match=f"two or more rows with the label b, got {count}; set it"):
+        detect(case)
+    assert len(detect(case, rows="all").incidents) == 1
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    wrong = replace(case.controls, labels=(case.controls.labels + 1) % 4)
+    with pytest.raises(DataError, match="takes 99 clean inputs that the model gets right, got 0"):
+        detect(replace(case, controls=wrong))
