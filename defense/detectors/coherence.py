@@ -1,4 +1,4 @@
-"""Blocks of training rows that cohere with an input, and how much clean inputs make cohere."""
+"""Blocks of training rows that cohere with an input, and how much clean inputs cohere with them."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,18 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 
 from defense.evidence import Directions
+from defense.records import mask_of
 
 Reals = NDArray[np.float32]
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
-CHUNK = 2**26  # cosines that are standardised together
+CHUNK = 2**26  # cosines that are computed together
 MEMORY = 2**28  # cosines between rows that are kept
 JOINED = 2.0  # standard deviations from which on an input coheres with the seeds of another
-LIKE = 0.5  # of the score of a block's seeds, from which on other seeds belong to it
-
-
-def standardised(cosines: Reals) -> Reals:
-    """Express every row of ``[q, n]`` in robust standard deviations around its median.
-
-    Where more than half are equal the deviation is no less than a cosine's rounding error.
-    """
-    centre = np.median(cosines, axis=1, keepdims=True)
-    spread = CONSISTENT * np.median(np.abs(cosines - centre), axis=1, keepdims=True)
-    result: Reals = (cosines - centre) / np.maximum(spread, np.finfo(np.float32).eps)
-    return result
+TAIL = 0.2  # of the controls, to whose cosines a tail is fitted
+SHAPED = 20  # controls in the tail from which on its shape is fitted, too
+HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
+RESAMPLES = 200  # of the controls, for the interval of false flags
 
 
 @dataclass(frozen=True)
@@ -33,36 +26,14 @@ class Block:
     """Rows that cohere with an input and with each other.
 
     Attributes:
-        start: Standardised cosine of the input with every row, ``[n]``.
-        scores: Median standardised cosine of every row with the seeds but itself, standardised
-            again, ``[n]``.
-        places: Numbers of the training rows, ascending, ``[n]``.
-        seeds: Those of the rows with the largest scores, ``[s]``.
+        start: Cosine of the input with every row, ``[n]``.
+        scores: Median cosine of every row with the seeds but itself, ``[n]``.
+        seeds: Numbers of the rows that became queries last, ``[s]``.
     """
 
     start: Reals
     scores: Reals
-    places: NDArray[np.int64]
     seeds: NDArray[np.int64]
-
-    def is_like(self, *others: "Block") -> bool:
-        """Tell whether the seeds of this block belong to one of others, and its to this one."""
-        return any(self._holds(other) and other._holds(self) for other in others)
-
-    def _holds(self, other: "Block") -> bool:
-        theirs = self.scores[np.isin(self.places, other.seeds)]
-        own = self.scores[np.isin(self.places, self.seeds)]
-        return len(theirs) > 0 and bool(np.median(theirs) >= LIKE * np.median(own))
-
-    def is_of_one_incident_with(self, other: "Block") -> bool:
-        """Tell whether the input of each block coheres with the seeds of the other one."""
-        theirs = self.start[np.isin(self.places, other.seeds)]
-        ours = other.start[np.isin(other.places, self.seeds)]
-        return bool(np.median(theirs) >= JOINED and np.median(ours) >= JOINED)
-
-    def strength(self, flagged: NDArray[np.bool_]) -> float:
-        """Tell how much the input itself coheres with the flagged rows, bool ``[n]``."""
-        return float(self.start[flagged].sum())
 
 
 class Rows:
@@ -78,7 +49,7 @@ class Rows:
         return len(self.places)
 
     def between(self, rows: NDArray[np.int64]) -> Reals:
-        """Standardised cosines of some rows with all, NaN with themselves: ``[m, n]``.
+        """Cosines of some rows with all, NaN with themselves: ``[m, n]``.
 
         Args:
             rows: Their numbers among these rows, ``[m]``.
@@ -94,28 +65,30 @@ class Rows:
         size = max(1, CHUNK // len(self))
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            values[part] = standardised(self.directions.rows(rows[part]))
+            values[part] = self.directions.rows(rows[part])
         values[np.arange(len(rows)), rows] = np.nan
         return values
 
     def grow(self, start: Reals, seeds: int, rounds: int) -> Block:
         """Score rows by their cosines with those that cohere most, until these stay the same.
 
-        Medians are standardised again, because those of rows that are much alike scatter more.
-
         Args:
-            start: Standardised cosine of an input with every row, ``[n]``.
+            start: Cosine of an input with every row, ``[n]``.
             seeds: Rows with the largest scores that become queries.
-            rounds: At most.
+            rounds: At most, one or more.
         """
-        scores, known = start, frozenset[int]()
+        count, scores, top = min(seeds, len(self)), start, np.zeros(0, dtype=np.int64)
         for _ in range(rounds):
-            top = np.sort(np.argpartition(-scores, min(seeds, len(self)) - 1)[:seeds])
-            if known == (known := frozenset(top.tolist())):
+            following = np.sort(np.argpartition(-scores, count - 1)[:count])
+            if np.array_equal(top, following):
                 break
-            scores = standardised(_median(self.between(top))[None])[0]
-        last = np.argsort(-scores, kind="stable")[:seeds]
-        return Block(start, scores, self.places, self.places[last])
+            top, scores = following, _median(self.between(following))
+        return Block(start, scores, top)
+
+    def regrow(self, block: Block, flagged: NDArray[np.bool_]) -> Block:
+        """Score rows by their cosines with the flagged ones, bool ``[n]``, instead of the seeds."""
+        places = np.flatnonzero(flagged)
+        return Block(block.start, _median(self.between(places)), places)
 
 
 def _median(values: Reals) -> Reals:
@@ -128,69 +101,137 @@ def _median(values: Reals) -> Reals:
     return result
 
 
+def exceedance(null: Reals, values: Reals) -> NDArray[np.float64]:
+    """Chance that another draw from a sample's distribution is as large as some values.
+
+    Beyond the sample's 80 % quantile it is that of a generalised Pareto distribution fitted by
+    probability-weighted moments (Hosking & Wallis 1987), of a small sample an exponential one.
+
+    Args:
+        null: The sample, ``[k]``.
+        values: ``[n]``.
+
+    Returns:
+        float64 ``[n]`` in (0, 1].
+    """
+    sample, wanted = np.sort(null).astype(np.float64), np.asarray(values, dtype=np.float64)
+    limit = np.quantile(sample, 1 - TAIL)
+    beyond = sample[sample > limit] - limit
+    share = (1 + len(beyond)) / (1 + len(sample))
+    above = 1 + len(sample) - np.searchsorted(sample, wanted)
+    inside = np.maximum(above / (1 + len(sample)), share)
+    scale, shape = _pareto(beyond)
+    depth = np.maximum(wanted - limit, 0) / scale
+    outside = np.exp(-depth) if shape == 0 else (1 + shape * depth) ** (-1 / shape)
+    result: NDArray[np.float64] = np.where(wanted > limit, share * outside, inside)
+    return np.maximum(result, np.finfo(np.float64).tiny)
+
+
+def _pareto(excess: NDArray[np.float64]) -> tuple[float, float]:
+    """Fit scale and shape of a tail to what lies in it, ascending."""
+    mean = float(excess.mean()) if len(excess) else 0.0
+    mean = max(mean, float(np.finfo(np.float32).eps))
+    if len(excess) < SHAPED:
+        return mean, 0.0
+    weighted = float((excess * np.arange(len(excess) - 1, -1, -1)).mean() / (len(excess) - 1))
+    shape = min(2 - mean / max(mean - 2 * weighted, 1e-3 * mean), HEAVIEST)
+    return (mean, 0.0) if shape <= 0 else (mean * (1 - shape), shape)
+
+
 @dataclass(frozen=True)
 class Finding:
-    """How a block of rows compares with those of controls.
+    """Which rows of a block cohere more than clean inputs do.
 
     Attributes:
-        p_value: See `defense.evidence.Incident`.
         flagged: bool ``[n]``.
+        scores: Of the block that they settled at, ``[n]``.
         expected_false: See `defense.evidence.Incident`.
         threshold: Score above which rows are flagged.
+        strength: See `Controls.strength`.
     """
 
-    p_value: float
     flagged: NDArray[np.bool_]
+    scores: Reals
     expected_false: tuple[float, float, float]
     threshold: float
+    strength: float
 
 
 class Controls:
-    """What the procedure finds for clean inputs: an empirical null distribution.
+    """Clean inputs of a label, whose cohesion with a block's seeds says what chance can do.
 
-    A row's p-value is the share of all scores of controls that are as large. A strong block draws
-    in some controls: those that end at the block that is judged, the control itself among them,
-    or at that of another incident, are left out. The p-value of a verdict is the share of
-    controls that cohere as much with the rows that are flagged for them; those that were drawn
-    in do not.
+    They are to the seeds of a block what clean rows are: neither was chosen for cohering with
+    them. So the p-value of a row is the chance that a clean input coheres as much.
     """
 
-    def __init__(self, blocks: list[Block], rate: float) -> None:
-        """Take the block of every control, and a false-discovery rate."""
-        self.blocks, self.rate = blocks, rate
-        self.ordered = [np.sort(block.scores) for block in blocks]
-        self.pool = np.sort(np.concatenate(self.ordered))
-        self.strengths = np.array([block.strength(self.discoveries(block)) for block in blocks])
+    def __init__(self, starts: Reals, rate: float) -> None:
+        """Take the cosines of clean inputs with rows ``[k, n]``, and a false-discovery rate."""
+        self.starts, self.rate = starts, rate
+        self.centre = np.median(starts, axis=0)
+        spread = CONSISTENT * np.median(np.abs(starts - self.centre))
+        self.spread = max(float(spread), float(np.finfo(np.float32).eps))
 
-    def p_values(self, block: Block, *known: Block) -> NDArray[np.float64]:
-        """P-value of every row of a block, with other blocks that are known: ``[n]``."""
-        above, total = _at_least(self.pool, block.scores), len(self.pool)
-        for other, ordered in zip(self.blocks, self.ordered, strict=True):
-            if other.is_like(block, *known):
-                above, total = above - _at_least(ordered, block.scores), total - len(ordered)
-        values: NDArray[np.float64] = (1 + above) / (1 + total)
-        return values
+    def standardised(self, start: Reals) -> Reals:
+        """Express cosines of an input with rows, ``[n]``, in deviations of clean inputs."""
+        result: Reals = (start - self.centre) / self.spread
+        return result
 
-    def discoveries(self, block: Block, *known: Block) -> NDArray[np.bool_]:
+    def strength(self, block: Block, flagged: NDArray[np.bool_]) -> float:
+        """Tell how much a block's input itself coheres with flagged rows, bool ``[n]``."""
+        return float(self.standardised(block.start)[flagged].clip(0).sum())
+
+    def are_of_one_incident(self, block: Block, other: Block) -> bool:
+        """Tell whether the input of each block coheres with the seeds of the other one."""
+        ours, theirs = self.standardised(block.start), self.standardised(other.start)
+        return bool(np.median(ours[other.seeds]) >= JOINED <= np.median(theirs[block.seeds]))
+
+    def __len__(self) -> int:
+        """Return the number of clean inputs."""
+        return len(self.starts)
+
+    def null(self, block: Block, without: int | None = None) -> Reals:
+        """Median cosine of clean inputs with the seeds of a block, one of them left out."""
+        cosines: Reals = np.median(self.starts[:, block.seeds], axis=1)
+        return cosines if without is None else np.delete(cosines, without)
+
+    def discoveries(self, block: Block, without: int | None = None) -> NDArray[np.bool_]:
         """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995)."""
-        values = false_discovery_control(self.p_values(block, *known))
-        found: NDArray[np.bool_] = values <= self.rate
+        p_values = exceedance(self.null(block, without), block.scores)
+        found: NDArray[np.bool_] = false_discovery_control(p_values) <= self.rate
         return found
 
-    def judge(self, block: Block, *known: Block) -> Finding:
-        """Judge the block of an incident, where those of other incidents are known."""
-        flagged, scores = self.discoveries(block, *known), block.scores
-        stronger = (self.strengths >= block.strength(flagged)).sum()
+    def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
+        """Flag rows; if they are more than the seeds they become the seeds, until they settle.
+
+        Args:
+            rows: The rows.
+            block: The block of an input.
+            rounds: Times they do, at most.
+            without: The clean input it is of, if it is of one.
+        """
+        flagged = self.discoveries(block, without)
+        for _ in range(rounds):
+            known = mask_of(block.seeds, len(flagged))
+            if flagged.sum() <= len(block.seeds) or np.array_equal(flagged, known):
+                break
+            block = rows.regrow(block, flagged)
+            flagged = self.discoveries(block, without)
+        null, scores = self.null(block, without), block.scores
         threshold = float(scores.min() - 1 if flagged.all() else scores[~flagged].max())
-        lowest = scores[flagged].min() if flagged.any() else np.inf
-        others = [other.scores for other in self.blocks if not other.is_like(block, *known)]
-        counts = [int((each >= lowest).sum()) for each in others] or [0]
-        low, high = np.quantile(counts, (0.025, 0.975))
-        expected = float(np.mean(counts)), float(low), float(high)
-        return Finding((1 + int(stronger)) / (1 + len(self.blocks)), flagged, expected, threshold)
+        expected = (0.0, 0.0, 0.0)
+        if flagged.any() and without is None:
+            expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
+        return Finding(flagged, scores, expected, threshold, self.strength(block, flagged))
 
 
-def _at_least(ordered: Reals, values: Reals) -> NDArray[np.int64]:
-    """Count the entries of an ascending array that are as large as each value."""
-    counts: NDArray[np.int64] = len(ordered) - np.searchsorted(ordered, values)
-    return counts
+def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:
+    """Expect false flags among clean rows: their mean, and a 95 % interval over samples."""
+    generator = np.random.default_rng(0)
+    drawn = [
+        exceedance(generator.choice(null, len(null)), np.array([least]))[0]
+        for _ in range(RESAMPLES)
+    ]
+    counts = generator.poisson(clean * np.array(drawn))
+    low, high = np.quantile(counts, (0.025, 0.975))
+    mean = clean * exceedance(null, np.array([least]))[0]
+    return float(mean), min(float(low), float(mean)), max(float(high), float(mean))

@@ -14,11 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.detectors.candidates import RowDetector, narrowed
-from defense.detectors.coherence import Block, Controls, Reals, Rows, standardised
+from defense.detectors.coherence import Block, Controls, Reals, Rows
 from defense.errors import DataError
 from defense.evidence import Directions, Incident
 from defense.prediction import predict
 from defense.records import Case, Flags, ImageSet
+
+FEWEST = 20  # controls of a class, for a tail to be fitted
 
 
 class NormalisedInfluence(RowDetector):
@@ -104,35 +106,52 @@ class _Search:
         return Rows(self.directions, np.flatnonzero(chosen))
 
     def starts(self, rows: Rows, images: Tensor, label: int) -> Reals:
-        """Standardised cosines of inputs with rows: ``[q, n]``."""
-        labels = torch.full((len(images),), label)
-        return standardised(rows.directions.inputs(images, labels))
-
-    def grown(self, rows: Rows, images: Tensor, label: int) -> list[Block]:
-        """Let a block grow from each input."""
-        if not len(images):
-            return []
-        return [self.grow(rows, start) for start in self.starts(rows, images, label)]
+        """Cosines of inputs with rows: ``[q, n]``."""
+        return rows.directions.inputs(images, torch.full((len(images),), label))
 
     def grow(self, rows: Rows, start: Reals) -> Block:
         """Let a block grow from one input or several."""
         return rows.grow(start, self.rule.seeds, self.rule.rounds)
 
     def null(self, rows: Rows, label: int) -> Controls:
-        """Put controls through the procedure: those of the label, and others if they are few."""
-        fewest = math.ceil(1 / self.rule.alarm - 1e-9) - 1
+        """Take the controls of a label.
+
+        Raises:
+            DataError: They are too few to tell what chance can do.
+        """
         own = np.flatnonzero(self.controls.labels == label)[: self.rule.num_controls]
-        blocks = self.grown(rows, self.controls.images(own), label)
-        rest = np.flatnonzero(self.controls.labels != label)[: max(0, fewest - len(own))]
-        for other in np.unique(self.controls.labels[rest]):
-            places = rest[self.controls.labels[rest] == other]
-            blocks += self.grown(self.rows(int(other)), self.controls.images(places), int(other))
-        if len(blocks) < fewest:
+        if len(own) < FEWEST:
+            raise DataError(
+                f"expected {FEWEST} or more clean inputs of class "
+                f"{self.case.train.class_names[label]} that the model gets right, got {len(own)}; "
+                "give a larger test set"
+            )
+        return Controls(
+            self.starts(rows, self.controls.images(own), label), self.rule.false_discovery_rate
+        )
+
+    def strengths(self, rows: Rows, null: Controls, label: int) -> NDArray[np.float64]:
+        """Strengths of controls: those of the label, and of others if they are too few."""
+        found = self._own_strengths(rows, null)
+        fewest = math.ceil(1 / self.rule.alarm - 1e-9) - 1
+        counts = np.bincount(self.controls.labels, minlength=self.case.train.num_classes)
+        for other in np.argsort(-counts, kind="stable"):
+            if len(found) < fewest and other != label and counts[other] >= FEWEST:
+                others = self.rows(int(other))
+                found += self._own_strengths(others, self.null(others, int(other)))
+        if len(found) < fewest:
             raise DataError(
                 f"detector.alarm {self.rule.alarm:g} takes {fewest} clean inputs that the model "
-                f"gets right, got {len(blocks)}; give a larger test set or raise it"
+                f"gets right, got {len(found)}; give a larger test set or raise it"
             )
-        return Controls(blocks, self.rule.false_discovery_rate)
+        return np.array(found)
+
+    def _own_strengths(self, rows: Rows, null: Controls) -> list[float]:
+        blocks = [self.grow(rows, start) for start in null.starts]
+        findings = [
+            null.judge(rows, block, self.rule.rounds, number) for number, block in enumerate(blocks)
+        ]
+        return [finding.strength for finding in findings]
 
     def incidents(self, label: int) -> Iterator[tuple[Incident, Reals]]:
         """Yield the incidents of a label, and how far each puts a row above the threshold.
@@ -142,23 +161,22 @@ class _Search:
         rows, original = self.rows(label), self.case.queries.changed("none")
         numbers = np.flatnonzero(_labels(self.case) == label)
         images = self.case.queries.images[torch.from_numpy(original)][torch.from_numpy(numbers)]
-        starts = self.starts(rows, images, label)
-        null = self.null(rows, label)
-        groups = together([self.grow(rows, start) for start in starts])
-        means = [standardised(starts[group].mean(0)[None])[0] for group in groups]
-        blocks = [self.grow(rows, mean) for mean in means]
-        for group, block in zip(groups, blocks, strict=True):
-            finding = null.judge(block, *blocks)
-            found = finding.p_value <= self.rule.alarm and finding.flagged.any()
-            limit = finding.threshold if found else block.scores.max()
+        starts, null = self.starts(rows, images, label), self.null(rows, label)
+        strengths = self.strengths(rows, null, label)
+        for group in together([self.grow(rows, start) for start in starts], null):
+            block = self.grow(rows, starts[group].mean(0))
+            finding = null.judge(rows, block, self.rule.rounds)
+            p_value = (1 + (strengths >= finding.strength).sum()) / (1 + len(strengths))
+            found = p_value <= self.rule.alarm and finding.flagged.any()
+            limit = finding.threshold if found else finding.scores.max()
             suspicion = np.full(len(self.case.train), np.nan, dtype=np.float32)
-            suspicion[rows.places] = block.scores - limit
+            suspicion[rows.places] = finding.scores - limit
             yield (
                 Incident(
                     tuple(int(number) for number in numbers[group]),
                     label,
-                    finding.p_value,
-                    len(null.blocks),
+                    float(p_value),
+                    len(strengths),
                     int(finding.flagged.sum()) if found else 0,
                     self.rule.false_discovery_rate,
                     finding.expected_false,
@@ -167,14 +185,14 @@ class _Search:
             )
 
 
-def together(blocks: list[Block]) -> list[list[int]]:
+def together(blocks: list[Block], null: Controls) -> list[list[int]]:
     """Group affected inputs of one incident: lists of their places."""
     groups: list[list[int]] = []
     for place, block in enumerate(blocks):
         joined = [
             group
             for group in groups
-            if any(block.is_of_one_incident_with(blocks[number]) for number in group)
+            if any(null.are_of_one_incident(block, blocks[number]) for number in group)
         ]
         groups = [group for group in groups if group not in joined]
         groups.append(sorted([place, *itertools.chain(*joined)]))

@@ -1,12 +1,13 @@
 """The default detector: what it promises about flags, verdicts and several affected inputs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from defense.detectors.coherence import Block, Controls, Rows, standardised
+from defense.detectors.coherence import Block, Controls, Rows, exceedance
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.errors import DataError
 from defense.records import Case, Flags, ImageSet, Queries
@@ -140,57 +141,56 @@ def test_growing_leaves_a_row_out_of_its_own_judgement() -> None:
     between = rows.between(np.array([7, 3]))
     assert np.isnan(between[[0, 1], [7, 3]]).all()
     assert np.isfinite(np.delete(between, [3, 7], axis=1)).all()
-    block = rows.grow(standardised(towards(0, 3)[None] @ vectors.T)[0], seeds=8, rounds=5)
-    grown = block.scores
-    assert np.isfinite(grown).all()
+    block = rows.grow(towards(0, 3) @ vectors.T, seeds=8, rounds=5)
+    assert np.isfinite(block.scores).all()
     assert set(block.seeds) < set(BLOCK)
-    assert np.median(grown[BLOCK]) > 5 > np.delete(grown, BLOCK).max()
+    assert np.median(block.scores[BLOCK]) > 2 * np.delete(block.scores, BLOCK).max()
+    own = block.seeds[0]
+    expected = np.median(vectors[np.delete(block.seeds, 0)] @ vectors[own])
+    assert block.scores[own] == pytest.approx(expected, abs=1e-5)
 
 
-def test_p_values_of_controls_are_their_ranks() -> None:
-    blocks = [block_of(each, each, first=100) for each in noise(50)]
-    scores = np.array([-9.0, 0.0, 9.0], dtype=np.float32)
-    low, middle, high = Controls(blocks, rate=0.05).p_values(block_of(scores, scores))
-    assert low == 1
-    assert middle == pytest.approx(0.5, abs=0.03)
-    assert high == pytest.approx(1 / 5001)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_block_that_is_a_large_part_of_its_class_is_found(share: float) -> None:
+    block = np.flatnonzero(LABELS == 1)[: int(share * (LABELS == 1).sum())]
+    flags = detect(case_of(vectors_with(block), [towards(0, 3)], LABELS))
+    assert flags.verdict == "poison found"
+    assert flags.mask[block].mean() > 0.95
+    assert np.isin(np.flatnonzero(flags.mask), block).mean() > 0.95
 
 
-def noise(count: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(count, 100)).astype(np.float32)
+@pytest.mark.parametrize("draw", ["normal", "exponential", "standard_t"])
+@pytest.mark.parametrize("count", [60, 1000])
+def test_chances_are_those_of_the_distribution(draw: str, count: int) -> None:
+    """On average over samples, at quantiles within and beyond what a sample reaches."""
+    rng = np.random.default_rng(0)
+    sample = partial(getattr(rng, draw), *([5] if draw == "standard_t" else []))
+    large = np.sort(sample(size=10**6))
+    for chance in (0.5, 0.1, 0.01, 0.002):
+        value = np.array([large[int((1 - chance) * len(large))]])
+        found = np.mean([exceedance(sample(size=count), value)[0] for _ in range(200)])
+        assert chance / 2 < found < 4 * chance, chance  # tails lighter than exponential: careful
 
 
-def block_of(start: np.ndarray, scores: np.ndarray, first: int = 0) -> Block:
-    places = np.arange(first, first + len(scores))
-    return Block(start, scores.astype(np.float32), places, places[np.argsort(-scores)[:3]])
-
-
-def test_controls_that_end_at_the_block_neither_hide_it_nor_count_as_found() -> None:
-    """A third of the controls are drawn in: their rows score as high, they do not cohere."""
-    values, planted = noise(60), np.arange(100) < 10
-    drawn = [block_of(each, each + 9 * planted) for each in values[:20]]
-    rest = [block_of(each, each) for each in values[20:]]
-    own = block_of(values[0] + 3 * planted, drawn[0].scores)
-    finding = Controls(drawn + rest, rate=0.02).judge(own)
-    np.testing.assert_array_equal(finding.flagged, planted)
-    assert finding.p_value == 1 / 61
-    assert finding.expected_false == (0, 0, 0)
-    innocent = Controls(drawn[1:] + rest, rate=0.02).judge(drawn[0])
-    assert innocent.p_value > 0.05
+def test_chances_fall_with_the_value_and_are_never_nothing() -> None:
+    null = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    chances = exceedance(null, np.linspace(-5, 50, 400).astype(np.float32))
+    assert (np.diff(chances) <= 0).all()
+    assert 0 < chances.min() < 1e-6
+    assert chances.max() == 1
+    assert exceedance(np.ones(50, np.float32), np.array([1.0, 2.0]))[0] > 0.9
 
 
 def test_a_control_is_not_compared_with_itself() -> None:
-    blocks = [block_of(each, each) for each in noise(50)]
-    for number in (0, 7):
-        rest = Controls(blocks[:number] + blocks[number + 1 :], rate=0.05)
-        expected = rest.p_values(blocks[number])
-        np.testing.assert_array_equal(Controls(blocks, 0.05).p_values(blocks[number]), expected)
+    starts = np.random.default_rng(0).normal(size=(30, 100)).astype(np.float32)
+    controls, block = Controls(starts, 0.05), Block(starts[4], starts[4], np.array([1, 2, 3]))
+    expected = np.median(np.delete(starts, 4, axis=0)[:, 1:4], axis=1)
+    np.testing.assert_array_equal(controls.null(block, without=4), expected)
 
 
 def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
-    cosines = np.ones((1, 9), dtype=np.float32)
-    cosines[0, 0] = -1
-    assert np.isfinite(standardised(cosines)).all()
+    controls = Controls(np.ones((30, 9), dtype=np.float32), 0.05)
+    assert np.isfinite(controls.standardised(np.linspace(-1, 1, 9, dtype=np.float32))).all()
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -199,8 +199,9 @@ def test_a_label_without_rows_and_a_model_that_gets_nothing_right_are_refused(co
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], labels)
     with pytest.raises(DataError, match=f"two or more rows with the label b, got {count}; set it"):
         detect(case)
-    assert len(detect(case, rows="all").incidents) == 1
+    with pytest.raises(DataError, match=r"20 or more clean inputs of class b .* got 0"):
+        detect(case, rows="all")
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
     wrong = replace(case.controls, labels=(case.controls.labels + 1) % 4)
-    with pytest.raises(DataError, match="takes 99 clean inputs that the model gets right, got 0"):
+    with pytest.raises(DataError, match=r"20 or more clean inputs of class b .* got 0"):
         detect(replace(case, controls=wrong))
