@@ -42,8 +42,8 @@ class Incident:
         num_controls: Clean inputs that went through the same procedure.
         num_flagged: Rows that are flagged; none if the verdict is that nothing was found.
         false_discovery_rate: Share of false flags that was promised.
-        expected_false: Rows of a control with a block of its own that score as high as those
-            flagged: on average, and the 2.5 % and 97.5 % quantiles.
+        expected_false: Clean rows that chance flags at the same threshold: on average, and the
+            2.5 % and 97.5 % quantiles over resampled controls.
     """
 
     affected: tuple[int, ...]

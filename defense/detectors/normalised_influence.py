@@ -28,9 +28,9 @@ class NormalisedInfluence(RowDetector):
 
     Influence is measured between gradients of margins and divided by the norms of both sides,
     so that neither badly fitted rows nor perfectly fitted ones are favoured. The rows that
-    cohere most with an incident become queries themselves until they stay the same. Clean
-    inputs go through the same procedure: they say which rows stand out, and whether anything
-    was found at all.
+    cohere most with an incident become queries themselves until they stay the same. How clean
+    inputs cohere with these says which rows stand out; put through the same procedure, clean
+    inputs say whether anything was found at all.
 
     Attributes:
         affected: Use only the first so many affected inputs; None uses all.
