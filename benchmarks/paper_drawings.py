@@ -14,11 +14,11 @@ Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
 POISON, CLEAN = "#b3261e", "#5f6b7a"
 ATTACKS = ("badnets", "smooth", "witches_brew")
 DETECTORS = ("spectral_paper", "activation_clustering", "frequency", "poison_forensics", "ekfac",
-             "delta_influence", "default", "normalised")  # fmt: skip
+             "delta_influence", "delta_restricted", "normalised")  # fmt: skip
 UNLEARNERS = ("eu", "cf_full", "cf", "ssd", "scrub", "scrub_paper", "badt", "badt_long", "potion")
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},
-    "figure4": {name: ("default", name) for name in UNLEARNERS},
+    "figure4": {name: ("normalised", name) for name in UNLEARNERS},
     "figure5": {name: (name, "scrub_paper") for name in DETECTORS},
     "figure7": {name: (name, "eu") for name in ("delta_influence", "delta_image", "delta_label")},
 }
@@ -56,7 +56,8 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
                 if found:
                     error = statistics.stdev(found) if len(found) > 1 else 0.0
                     mean = statistics.fmean(found)
-                    axes.bar(place + offset, mean, 0.38, yerr=error, capsize=2, color=colour)
+                    inside = [[min(error, mean)], [min(error, 1 - mean)]]
+                    axes.bar(place + offset, mean, 0.38, yerr=inside, capsize=2, color=colour)
         axes.axhline(0.05, color="black", lw=0.8, ls=":")
         axes.set_xticks(range(len(bars)), list(bars), rotation=60, ha="right", fontsize=8)
         axes.set(title=f"{world}, {attack}", ylim=(0, 1.05))

@@ -27,7 +27,7 @@ DETECTORS = {
     "ekfac": "EK-FAC, largest 27 %",
     "ekfac_zero": "EK-FAC > 0",
     "delta_influence": "Delta-Influence, all rows",
-    "default": "Delta-Influence, rows labelled as predicted",
+    "delta_restricted": "Delta-Influence, rows labelled as predicted",
     "normalised": "normalised influence",
 }
 ABLATIONS = {
@@ -101,7 +101,7 @@ PUBLISHED = {
         "delta_10": "28.7 / 99.3; 0.3 / 75.0",
     },
 }
-RESTRICTED = {"default", "normalised"}  # detectors whose own rule is the restricted one
+RESTRICTED = {"delta_restricted", "normalised"}  # detectors whose own rule is the restricted one
 NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
     "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
     "activation_clustering": (), "frequency": (), "poison_forensics": (),
@@ -296,11 +296,8 @@ def page(cells: Cells) -> str:
             detection(cells, world, "Table 1, Figure 3: detectors", DETECTORS),
             detection(cells, world, "Table 2, Figure 7: what a transform changes", ABLATIONS),
             counterfactual(cells, world, "normalised"),
-            counterfactual(cells, world, "default"),
-            unlearning(cells, world, "default", "Figure 4: unlearners on the default's flags"),
-            unlearning(
-                cells, world, "normalised", "Figure 4: unlearners on normalised influence's flags"
-            ),
+            counterfactual(cells, world, "delta_restricted"),
+            unlearning(cells, world, "normalised", "Figure 4: unlearners on the default's flags"),
             scrub(cells, world),
             detection(cells, world, "Tables 4 and 5: several affected inputs", SEVERAL),
             unlearning(cells, world, "truth", "Unlearners on the true poison"),

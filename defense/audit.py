@@ -153,6 +153,7 @@ def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
             num_flagged=incident.num_flagged,
             false_discovery_rate=incident.false_discovery_rate,
             precision=incident.precision,
+            p_value_left=incident.p_value_left,
         )
         for incident in exhibits.flags.incidents
     ]

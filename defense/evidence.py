@@ -44,6 +44,8 @@ class Incident:
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
             2.5 % and 97.5 % quantiles over resampled controls.
+        p_value_left: P-value of the block that is found once the flagged rows are taken out:
+            above the alarm, what is left looks like controls. None without flags.
     """
 
     affected: tuple[int, ...]
@@ -53,6 +55,7 @@ class Incident:
     num_flagged: int
     false_discovery_rate: float
     expected_false: tuple[float, float, float]
+    p_value_left: float | None = None
 
     @property
     def precision(self) -> tuple[float, float, float] | None:
@@ -61,3 +64,77 @@ class Incident:
             return None
         mean, low, high = (max(0.0, 1 - n / self.num_flagged) for n in self.expected_false)
         return mean, high, low
+
+
+@dataclass(frozen=True)
+class FoundBlock:
+    """Rows of one label that cohere as nothing else in their class does.
+
+    Attributes:
+        label: The label they carry.
+        rows: Which rows they are, bool ``[n]``.
+        coherence: Median of their cosines with each other.
+        clean_coherence: Largest median cosine of a clean input of that label with them.
+        expected_false: See `Incident`.
+        agreement: Share of them to which a model that never saw them gives their label.
+        usual_agreement: The same of other rows with the label that it never saw.
+        num_held_out: Those other rows.
+        said: The label that it gives to most of them.
+        said_share: The share that is.
+        p_value: Chance of so little agreement, were they rows like those others (Fisher's exact
+            test).
+        suspected: Whether they were planted, by that test, all blocks counted.
+    """
+
+    label: int
+    rows: NDArray[np.bool_]
+    coherence: float
+    clean_coherence: float
+    expected_false: tuple[float, float, float]
+    agreement: float
+    usual_agreement: float
+    num_held_out: int
+    said: int
+    said_share: float
+    p_value: float
+    suspected: bool
+
+
+@dataclass(frozen=True)
+class PointedInput:
+    """An input that coheres with a block more than clean inputs do.
+
+    Attributes:
+        id: Its name.
+        block: Number of the block.
+        p_value: Chance that a clean input coheres as much.
+    """
+
+    id: str
+    block: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a scan found, the strongest block first.
+
+    Attributes:
+        blocks: The blocks, suspected or natural.
+        inputs: Inputs whose predictions they dictate, by block and p-value.
+        alarm: P-value for all blocks together up to which some are suspected.
+    """
+
+    blocks: tuple[FoundBlock, ...]
+    inputs: tuple[PointedInput, ...]
+    alarm: float
+
+    @property
+    def suspected(self) -> tuple[FoundBlock, ...]:
+        """Return the blocks that were planted, as it seems."""
+        return tuple(block for block in self.blocks if block.suspected)
+
+    @property
+    def verdict(self) -> str:
+        """``poison suspected`` if any block is, else ``nothing suspected``."""
+        return "poison suspected" if self.suspected else "nothing suspected"

@@ -97,6 +97,7 @@ class IncidentQuality(Part):
         false_discovery_rate: Share of false flags that was promised.
         precision: Precision of the flags that controls let expect: on average, and the ends of
             a 95 % interval; None without flags.
+        p_value_left: P-value of what is found once those rows are taken out; None without flags.
     """
 
     affected: list[str]
@@ -106,6 +107,7 @@ class IncidentQuality(Part):
     num_flagged: int
     false_discovery_rate: float
     precision: tuple[float, float, float] | None
+    p_value_left: float | None
 
 
 class Affected(Part):

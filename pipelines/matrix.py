@@ -21,6 +21,7 @@ PARTS = ("world", "seed", "attack", "detector", "unlearner")
 SHARED = {"factors", "directions", "transforms", "scores", "audit", "gate", "tracking"}
 WORLD = {"data", "model", "train", "attacks"}
 ATTACK = {"attack", "affected"}
+USES_DIRECTIONS = "normalised_influence"
 
 
 def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
@@ -56,10 +57,13 @@ def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
 def settings_of(params: Params, paths: Paths, stage: str) -> str:
     """Digest the parameters that the result of a stage of a cell can depend on."""
     unused = {"audit", "gate", "tracking"}
-    if DEPTHS[stage] < 4 or paths.detection.name in REFERENCES:
-        unused |= {"detector"} if stage == "directions" else {"detector", "directions"}
+    detects = DEPTHS[stage] >= 4 and paths.detection.name not in REFERENCES
+    if not detects:
+        unused |= {"detector"}
     if DEPTHS[stage] < 5:
         unused |= {"unlearner"}
+    if stage != "directions" and not (detects and params.detector.name == USES_DIRECTIONS):
+        unused |= {"directions"}
     known = params.model_dump_json(exclude=unused)
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 

@@ -1,7 +1,6 @@
 """Rows whose influence, normalised on both sides, coheres with an incident; calibrated."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,45 +10,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, nn
 
 from defense.detectors.candidates import RowDetector, narrowed
-from defense.detectors.coherence import Block, Controls, Reals, Rows
+from defense.detectors.coherence import Block, Reals
+from defense.detectors.controls import Controls
+from defense.detectors.search import CleanInputs, Coherence, Search, Sighting, starts_of
 from defense.errors import DataError
-from defense.evidence import Directions, Incident
-from defense.prediction import predict
-from defense.records import Case, Flags, ImageSet
-
-FEWEST = 20  # controls of a class, for a tail to be fitted
+from defense.evidence import Incident
+from defense.records import Case, Flags
 
 
-class NormalisedInfluence(RowDetector):
+class NormalisedInfluence(RowDetector, Coherence):
     """Flag the rows that form a block with the affected inputs.
 
     Influence is measured between gradients of margins and divided by the norms of both sides,
     so that neither badly fitted rows nor perfectly fitted ones are favoured. The rows that
     cohere most with an incident become queries themselves until they stay the same. How clean
     inputs cohere with these says which rows stand out; put through the same procedure, clean
-    inputs say whether anything was found at all.
+    inputs say whether anything was found at all. What was found is taken out, and what is left
+    is looked at again.
 
     Attributes:
         affected: Use only the first so many affected inputs; None uses all.
-        false_discovery_rate: Share of false flags that is promised.
-        alarm: P-value up to which the verdict is that poison was found.
-        num_controls: Clean inputs of the predicted class at most. If they are too few for a p-value
-            as small as `alarm`, other classes lend theirs.
-        seeds: Rows that become queries.
-        rounds: Times they do, at most.
     """
 
     name: Literal["normalised_influence"] = "normalised_influence"
     rows: Literal["all", "predicted_label"] = "predicted_label"
     affected: int | None = Field(None, gt=0)
-    false_discovery_rate: float = Field(0.02, gt=0, lt=1)
-    alarm: float = Field(0.01, gt=0, lt=1)
-    num_controls: int = Field(200, gt=0)
-    seeds: int = Field(16, gt=1)
-    rounds: int = Field(5, gt=0)
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`.
@@ -65,10 +52,11 @@ class NormalisedInfluence(RowDetector):
                 "controls, got none; run: dvc repro directions"
             )
         case = narrowed(case, self.affected)
+        clean = CleanInputs(case.model, controls, generator)
+        search = Search(self, case.train, directions, clean, everywhere=self.rows == "all")
         suspicion, incidents = np.full(len(case.train), np.nan, np.float32), list[Incident]()
-        search = _Search(self, case, directions, clean_inputs(case.model, controls, generator))
         for label in np.unique(_labels(case)):
-            for incident, found in search.incidents(int(label)):
+            for incident, found in _incidents(search, case, int(label)):
                 incidents.append(incident)
                 suspicion = np.fmax(suspicion, found)
         suspicion = np.where(np.isnan(suspicion), np.nanmin(suspicion), suspicion)
@@ -81,108 +69,49 @@ def _labels(case: Case) -> NDArray[np.int64]:
     return labels
 
 
-def clean_inputs(model: nn.Module, controls: ImageSet, generator: torch.Generator) -> ImageSet:
-    """Return the controls that the model gets right, in random order."""
-    mixed = controls.take(torch.randperm(len(controls), generator=generator).numpy())
-    return mixed.where(predict(model, mixed, label="controls") == mixed.labels)
+def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Incident, Reals]]:
+    """Yield the incidents of a label, and how far each puts a row above the threshold.
+
+    NaN where a row was not compared with it.
+    """
+    bench, numbers = search.bench(label), np.flatnonzero(_labels(case) == label)
+    original = np.flatnonzero(case.queries.changed("none"))[numbers]
+    starts = starts_of(bench.rows, case.queries.images[torch.from_numpy(original)], label)
+    for group in together([bench.grow(start) for start in starts], bench.null):
+        seen = [*search.sightings(label, starts[group].mean(0))]
+        suspicion = np.full(len(case.train), np.nan, dtype=np.float32)
+        for sighting in seen:
+            places = bench.rows.places[sighting.among]
+            above = _above(sighting, search.settings.alarm)
+            suspicion[places] = np.fmax(suspicion[places], above)
+        affected = tuple(int(number) for number in numbers[group])
+        yield _incident(search, affected, label, seen), suspicion
 
 
-class _Search:
-    """Looks for the incidents of a case, one predicted label after the other."""
+def _above(sighting: Sighting, alarm: float) -> Reals:
+    """Tell how far a sighting puts rows above its threshold; none if chance explains it."""
+    scores, found = sighting.finding.block.scores, sighting.found(alarm)
+    return scores - (sighting.finding.threshold if found else scores.max())
 
-    def __init__(
-        self, rule: NormalisedInfluence, case: Case, directions: Directions, controls: ImageSet
-    ) -> None:
-        self.rule, self.case, self.directions, self.controls = rule, case, directions, controls
 
-    def rows(self, label: int) -> Rows:
-        """Take the rows a label is compared with."""
-        chosen = (self.case.train.labels == label) | (self.rule.rows == "all")
-        if chosen.sum() < 2:
-            raise DataError(
-                f"detector.rows is {self.rule.rows}, expected two or more rows with the label "
-                f"{self.case.train.class_names[label]}, got {chosen.sum()}; set it to all"
-            )
-        return Rows(self.directions, np.flatnonzero(chosen))
-
-    def starts(self, rows: Rows, images: Tensor, label: int) -> Reals:
-        """Cosines of inputs with rows: ``[q, n]``."""
-        return rows.directions.inputs(images, torch.full((len(images),), label))
-
-    def grow(self, rows: Rows, start: Reals) -> Block:
-        """Let a block grow from one input or several."""
-        return rows.grow(start, self.rule.seeds, self.rule.rounds)
-
-    def null(self, rows: Rows, label: int) -> Controls:
-        """Take the controls of a label.
-
-        Raises:
-            DataError: They are too few to tell what chance can do.
-        """
-        own = np.flatnonzero(self.controls.labels == label)[: self.rule.num_controls]
-        if len(own) < FEWEST:
-            raise DataError(
-                f"expected {FEWEST} or more clean inputs of class "
-                f"{self.case.train.class_names[label]} that the model gets right, got {len(own)}; "
-                "give a larger test set"
-            )
-        return Controls(
-            self.starts(rows, self.controls.images(own), label), self.rule.false_discovery_rate
-        )
-
-    def strengths(self, rows: Rows, null: Controls, label: int) -> NDArray[np.float64]:
-        """Strengths of controls: those of the label, and of others if they are too few."""
-        found = self._own_strengths(rows, null)
-        fewest = math.ceil(1 / self.rule.alarm - 1e-9) - 1
-        counts = np.bincount(self.controls.labels, minlength=self.case.train.num_classes)
-        for other in np.argsort(-counts, kind="stable"):
-            if len(found) < fewest and other != label and counts[other] >= FEWEST:
-                others = self.rows(int(other))
-                found += self._own_strengths(others, self.null(others, int(other)))
-        if len(found) < fewest:
-            raise DataError(
-                f"detector.alarm {self.rule.alarm:g} takes {fewest} clean inputs that the model "
-                f"gets right, got {len(found)}; give a larger test set or raise it"
-            )
-        return np.array(found)
-
-    def _own_strengths(self, rows: Rows, null: Controls) -> list[float]:
-        blocks = [self.grow(rows, start) for start in null.starts]
-        findings = [
-            null.judge(rows, block, self.rule.rounds, number) for number, block in enumerate(blocks)
-        ]
-        return [finding.strength for finding in findings]
-
-    def incidents(self, label: int) -> Iterator[tuple[Incident, Reals]]:
-        """Yield the incidents of a label, and how far each puts a row above the threshold.
-
-        NaN where a row was not compared with it.
-        """
-        rows, original = self.rows(label), self.case.queries.changed("none")
-        numbers = np.flatnonzero(_labels(self.case) == label)
-        images = self.case.queries.images[torch.from_numpy(original)][torch.from_numpy(numbers)]
-        starts, null = self.starts(rows, images, label), self.null(rows, label)
-        strengths = self.strengths(rows, null, label)
-        for group in together([self.grow(rows, start) for start in starts], null):
-            block = self.grow(rows, starts[group].mean(0))
-            finding = null.judge(rows, block, self.rule.rounds)
-            p_value = (1 + (strengths >= finding.strength).sum()) / (1 + len(strengths))
-            found = p_value <= self.rule.alarm and finding.flagged.any()
-            limit = finding.threshold if found else finding.scores.max()
-            suspicion = np.full(len(self.case.train), np.nan, dtype=np.float32)
-            suspicion[rows.places] = finding.scores - limit
-            yield (
-                Incident(
-                    tuple(int(number) for number in numbers[group]),
-                    label,
-                    float(p_value),
-                    len(strengths),
-                    int(finding.flagged.sum()) if found else 0,
-                    self.rule.false_discovery_rate,
-                    finding.expected_false,
-                ),
-                suspicion,
-            )
+def _incident(
+    search: Search, affected: tuple[int, ...], label: int, seen: list[Sighting]
+) -> Incident:
+    """Sum up what was found for some affected inputs, one block after the other."""
+    first, settings = seen[0], search.settings
+    found = [sighting.finding for sighting in seen if sighting.found(settings.alarm)]
+    parts = [finding.expected_false for finding in found or [first.finding]]
+    mean, low, high = np.sum(parts, axis=0).tolist()
+    return Incident(
+        affected,
+        label,
+        first.p_value,
+        len(search.strengths(search.bench(label), label)),
+        int(sum(finding.flagged.sum() for finding in found)),
+        settings.false_discovery_rate,
+        (mean, low, high),
+        seen[-1].p_value if found and seen[-1] is not first else None,
+    )
 
 
 def together(blocks: list[Block], null: Controls) -> list[list[int]]:

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defense.compute import batches, seeded
+from defense.compute import batches, device, seeded
 from defense.influence.contraction import gradients
 from defense.influence.digests import digest_of_factors, require_own_factors
 from defense.influence.layers import Trace, Visit
 from defense.influence.metric import Metric
 from defense.influence.network import Network
 from defense.influence.orders import ROTATE_FIRST, cheapest
-from defense.influence.products import provenance
+from defense.influence.products import heavy_dtype, provenance
 from defense.influence.task import Task, cotangents
 from defense.records import Factors, ImageSet
 
@@ -32,7 +32,8 @@ class Sketcher:
     ``e / sqrt(m)``; and what rows have in common lies in the strongest coordinates, so leaving
     the weak ones out costs less than folding them in. With `leading` eigenvectors alone the
     others are not even computed, which takes a fraction of the time, and directions are those
-    within their span.
+    within their span; with factors of the ``fast`` tier the network runs in bfloat16, too, where
+    the hardware does.
 
     Attributes:
         kept: Numbers of the coordinates in use, ascending, counted through all layers.
@@ -64,8 +65,10 @@ class Sketcher:
             ArtifactError: The factors belong to another model.
         """
         require_own_factors(factors, model)
-        self.network = Network(model, factors.excluded)
-        self.metric = Metric(factors, (damping,), self.network.place, self.network.dtype)
+        quick = leading is not None and factors.tier == "fast"
+        self.network = Network(model, factors.excluded, heavy_dtype(device()) if quick else None)
+        wide = torch.promote_types(self.network.dtype, torch.float32)
+        self.metric = Metric(factors, (damping,), self.network.place, wide)
         if leading is not None:
             self.metric = self.metric.leading(*leading)
         self.task, self.seed, self.leading = task, seed, leading
@@ -99,7 +102,7 @@ class Sketcher:
         energy = {name: torch.zeros_like(weights) for name, weights in self.weights.items()}
         for rows in batches(len(images), batch_size, label="coordinates"):
             data = images.images(rows), images.targets(rows)
-            norms = torch.zeros(len(rows), dtype=self.network.dtype).to(self.network.place)
+            norms = torch.zeros(len(rows), dtype=self.metric.wide).to(self.network.place)
             self._differentiate(*data, partial(self._add_norms, norms))
             self._differentiate(*data, partial(self._add_energy, energy, _inverse(norms)))
         total = torch.cat([part.cpu() for part in energy.values()])
@@ -110,7 +113,7 @@ class Sketcher:
 
         A direction has norm one with all coordinates, less with those that are kept.
         """
-        total = torch.zeros(len(images), self.size, dtype=self.network.dtype)
+        total = torch.zeros(len(images), self.size, dtype=self.metric.wide)
         total = total.to(self.network.place)
         norms = total.new_zeros(len(images))
         self._differentiate(images, labels, partial(self._fold, total, norms))

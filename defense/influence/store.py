@@ -22,7 +22,7 @@ from defense.artifacts import open_artifact, write_artifact
 from defense.checkpoints import Checkpoint, digest_of_images
 from defense.compute import batches, progress, seeded
 from defense.errors import ArtifactError, DataError
-from defense.influence.products import product
+from defense.influence.products import heavy_dtype, product
 from defense.influence.sketch import Sketcher
 from defense.influence.task import CLASSIFICATION, Task
 from defense.method import Method
@@ -64,16 +64,29 @@ class StoreSettings(Method):
         )
 
 
-class DirectionSettings(StoreSettings):
-    """A store that is quick to make, to compare rows and inputs with each other.
+class DirectionSettings(Method):
+    """A store without components that is quick to make, to compare rows and inputs.
 
     It takes a fraction of the time of the full store; its cosines are those within the span of
     the leading eigenvectors.
+
+    Attributes:
+        sketch: Numbers kept per row, two bytes each.
+        leading: Eigenvectors of each layer's inputs and outputs that are used; None for all.
+        damping: Relative to each layer's mean Lambda.
+        batch_size: Rows per step.
+        seed: Of the signs.
     """
 
-    components: int | None = Field(None, gt=0)
     sketch: int = Field(2**13, gt=0)
     leading: tuple[PositiveInt, PositiveInt] | None = (128, 64)
+    damping: float = Field(0.1, gt=0)
+    batch_size: int = Field(64, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def store(self) -> StoreSettings:
+        """Return the settings of the store."""
+        return StoreSettings(components=None, **dict(self))
 
 
 @dataclass(frozen=True)
@@ -116,11 +129,12 @@ class RowStore:
 
     def cosine(self, vectors: Tensor) -> NDArray[np.float32]:
         """Cosine of some vectors ``[q, k]`` with every row: ``[q, n]``."""
+        dtype = heavy_dtype(vectors.device)
         parts = [
-            (vectors @ _shared(self.rows[start : start + COLUMNS]).float().T).numpy()
+            product(vectors.to(dtype), _shared(self.rows[start : start + COLUMNS]).to(dtype))
             for start in range(0, len(self.rows), COLUMNS)
         ]
-        return np.concatenate(parts, axis=1)
+        return torch.cat(parts, dim=1).float().numpy()
 
     def between(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine of some stored rows with every row: ``[m, n]``."""

@@ -16,7 +16,7 @@ def run(params: Params, paths: Paths) -> str:
     require_input(factors_manifest, "suspect", suspect.digest, owner=paths.factors)
     require_input(factors_manifest, "poisoned_train", manifest.digest, owner=paths.factors)
     scratch = paths.scratch("directions")
-    store = build_store(model, factors, train, params.directions, scratch=scratch)
+    store = build_store(model, factors, train, params.directions.store(), scratch=scratch)
     origin = {
         "factors": factors_manifest.digest,
         "poisoned_train": manifest.digest,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from defense.detectors.coherence import Block, Controls, Rows, exceedance
+from defense.detectors.coherence import Block, Rows
+from defense.detectors.controls import Controls, exceedance
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.errors import DataError
 from defense.records import Case, Flags, ImageSet, Queries
@@ -72,11 +73,29 @@ def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:
     assert low - 0.03 <= np.isin(flagged, BLOCK).mean() <= high + 0.03
 
 
+def test_what_is_left_after_the_flags_looks_like_controls() -> None:
+    (incident,) = detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)).incidents
+    assert incident.p_value_left > 0.1
+
+
+def test_a_second_block_behind_the_first_is_flagged_too() -> None:
+    both = towards(0, 3) + 0.8 * towards(1, 4)
+    flags = detect(case_of(vectors_with(BLOCK, OTHER), [unit(both)], LABELS))
+    (incident,) = flags.incidents
+    assert incident.num_flagged == flags.mask.sum()
+    assert flags.mask[BLOCK].mean() > 0.95
+    assert flags.mask[OTHER].mean() > 0.95
+    assert incident.p_value_left > 0.01
+    low, high = incident.precision[1:]
+    assert low - 0.03 <= np.isin(np.flatnonzero(flags.mask), [*BLOCK, *OTHER]).mean() <= high + 0.03
+
+
 def test_finds_nothing_for_an_input_without_a_block() -> None:
     flags = detect(case_of(vectors_with(BLOCK), [towards(None, 3)], LABELS))
     assert flags.verdict == "nothing found"
     assert flags.incidents[0].p_value > 0.02
     assert flags.incidents[0].num_flagged == 0
+    assert flags.incidents[0].p_value_left is None
 
 
 def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:
@@ -197,7 +216,9 @@ def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
 def test_a_label_without_rows_and_a_model_that_gets_nothing_right_are_refused(count: int) -> None:
     labels = np.where(np.arange(SIZE) < count, 1, 2)
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], labels)
-    with pytest.raises(DataError, match=f"two or more rows with the label b, got {count}; set it"):
+    with pytest.raises(
+        DataError, match=f"two or more rows with the label b .* got {count}; set rows"
+    ):
         detect(case)
     with pytest.raises(DataError, match=r"20 or more clean inputs of class b .* got 0"):
         detect(case, rows="all")

@@ -16,7 +16,7 @@ from defense.records import Factors
 from tests.conftest import KilledError, make_images
 from tests.unit.test_resume import fit, small_model
 
-LEADING = DirectionSettings(leading=(16, 3), sketch=2**14, batch_size=8)
+LEADING = DirectionSettings(leading=(16, 3), sketch=2**14, batch_size=8).store()
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def test_cosines_are_those_of_explicit_gradients(problem) -> None:
     other = make_images(5, seed=9)
     asked = explicit(model, factors, other.images(), other.targets())
     answered = directions.inputs(other.images(), other.targets())
-    np.testing.assert_allclose(answered, asked @ rows.T, atol=2e-3)
+    np.testing.assert_allclose(answered, asked @ rows.T, atol=4e-3)
     some = np.array([7, 3, 30])
-    np.testing.assert_allclose(directions.rows(some), rows[some] @ rows.T, atol=2e-3)
+    np.testing.assert_allclose(directions.rows(some), rows[some] @ rows.T, atol=4e-3)
     taken = directions.take(some)
     expected = rows[some] @ rows[some].T
-    np.testing.assert_allclose(taken.rows(np.arange(3)), expected, atol=2e-3)
+    np.testing.assert_allclose(taken.rows(np.arange(3)), expected, atol=4e-3)
     with pytest.raises(ValueError, match="read-only"):
         store.rows[:] = 0
 

@@ -37,6 +37,7 @@ FLOORS = (
         "defense.cli",
     },
     {"defense.victim"},
+    {"defense.scan"},
     {"pipelines.params", "pipelines.paths"},
     {"pipelines.stages"},
     {"pipelines.matrix"},

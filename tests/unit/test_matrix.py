@@ -103,6 +103,7 @@ def test_a_cell_collects_its_sections_and_folders() -> None:
         ("cifar10/0/badnets", "directions", "directions", False),
         ("cifar10/0/badnets/normalised", "detect", "directions", False),
         ("cifar10/0/badnets/normalised", "detect", "detectors", False),
+        ("cifar10/0/badnets/ekfac", "detect", "directions", True),
         ("cifar10/0/badnets/truth", "reference", "detectors", True),
         ("cifar10/0/badnets/truth/eu", "remediate", "detectors", True),
         ("cifar10/0/badnets/truth/eu", "remediate", "directions", True),
@@ -145,7 +146,7 @@ def test_references_stand_for_detectors(kind: str) -> None:
         ("reference", "cifar10/0/badnets/ekfac", "cannot give the flags of 'ekfac'"),
         ("data", "mars/0", "'mars' is not one of worlds: cifar10, imagenette, cifar100"),
         ("train", "cifar10/0/zap", "'zap' is not one of attacks: badnets"),
-        ("detect", "cifar10/0/badnets/zap", "'zap' is not one of detectors: default"),
+        ("detect", "cifar10/0/badnets/zap", "'zap' is not one of detectors: normalised"),
         ("audit", "cifar10/0/badnets/ekfac/zap", "'zap' is not one of unlearners: eu"),
     ],
 )
@@ -161,7 +162,7 @@ def test_refuses_cells_that_do_not_exist(stage: str, cell: str, message: str) ->
         (lambda matrix: matrix["worlds"]["cifar10"].update(scores={}), "cifar10 needs the keys"),
         (lambda matrix: matrix["worlds"].update(cifar10=None), "cifar10 needs the keys"),
         (lambda matrix: matrix.update(detectors={}), "named variants in 'detectors'"),
-        (lambda matrix: matrix.update(detectors={"default": None}), "detector: "),
+        (lambda matrix: matrix.update(detectors={"normalised": None}), "detector: "),
     ],
 )
 def test_refuses_a_matrix_with_sections_elsewhere(tmp_path: Path, change, message: str) -> None:

@@ -37,7 +37,7 @@ def change(tmp_path: Path, path: str, value: object) -> Path:
         ("train.epochs", 0, "train.epochs: Input should be greater than 0"),
         ("train.learning_rate", float("nan"), "train.learning_rate"),
         ("detector.name", "magic", "does not match any of the expected tags"),
-        ("detector.tau", 3.0, "less than or equal to 0"),
+        ("detector.alarm", 3.0, "less than 1"),
         ("directions.leading", [128, 0], "directions.leading.1: Input should be greater than 0"),
         ("attack.poison_fraction", 1.5, "less than 1"),
         ("unlearner", {"name": "cf", "budget": 1.5}, "less than or equal to 1"),

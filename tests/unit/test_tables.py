@@ -38,10 +38,10 @@ def cell(name: str, *, success: float = 1.0, tpr: float = 0.9, accuracy: float =
         "share": {"all": 0.03, "predicted_label": 0.25},
         "cpu_seconds": {"factors": 20.0, "influence": 10.0},
         "before": {"psr": success, "accuracy": 0.85, "robust_accuracy": 0.1},
-        "detectors": {"default": found(name, "default", tpr=tpr)},
+        "detectors": {"normalised": found(name, "normalised", tpr=tpr)},
         "repairs": {
             key: repair | {"settings": settings(f"{name}/{key}", "remediate")}
-            for key in ("default/eu", "truth/eu")
+            for key in ("normalised/eu", "truth/eu")
         },
     }
 
@@ -59,7 +59,7 @@ def test_means_and_deviations_over_seeds() -> None:
     cells = {
         f"cifar10/{s}/badnets": cell("cifar10/0/badnets", tpr=t) for s, t in enumerate((0.8, 1.0))
     }
-    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["default"])
+    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["normalised"])
     assert shown[:3] == ["–"] * 3  # its own rule is the restricted one
     assert shown[3] == "90.0 ± 14.1 (2)"
     assert shown[6:8] == ["1.0 ± 0.0 (2)", "80.0 ± 0.0 (2)"]
@@ -99,7 +99,7 @@ def test_an_attack_that_fails_counts_for_nothing_else() -> None:
     }
     page = tables.page(cells)
     assert row(page, "Witches' Brew", "2")[0] == "1 of 2 draws"
-    assert row(page, "Witches' Brew", tables.DETECTORS["default"])[3] == "20.0 (1)"
+    assert row(page, "Witches' Brew", tables.DETECTORS["normalised"])[3] == "20.0 (1)"
 
 
 def test_published_figures_stand_beside_their_own_attack_alone() -> None:
@@ -115,9 +115,9 @@ def test_published_figures_stand_beside_their_own_attack_alone() -> None:
 
 def test_collapse_is_judged_seed_by_seed() -> None:
     cells = {f"cifar10/{s}/badnets": cell("cifar10/0/badnets") for s in range(2)}
-    cells["cifar10/1/badnets"]["repairs"]["default/eu"]["accuracy"] = 0.5
+    cells["cifar10/1/badnets"]["repairs"]["normalised/eu"]["accuracy"] = 0.5
     assert "1 of 2" in row(tables.page(cells), "BadNet", "EU")
-    cells["cifar10/0/badnets"]["repairs"]["default/eu"]["psr"] = 0.2
+    cells["cifar10/0/badnets"]["repairs"]["normalised/eu"]["psr"] = 0.2
     page = tables.page(cells)
     assert "0 of 2" in row(page, "BadNet", "EU")
     assert row(page, "BadNet", "before")[:3] == [
@@ -130,7 +130,7 @@ def test_collapse_is_judged_seed_by_seed() -> None:
 def test_counterfactuals_count_trainings() -> None:
     name = "cifar10/0/witches_brew"
     cells = {name: cell(name)}
-    cells[name]["detectors"]["default"]["counterfactual"] = {
+    cells[name]["detectors"]["normalised"]["counterfactual"] = {
         part: {"removed": 7, "psr": [1.0, 0.0, 1.0], "accuracy": [0.7, 0.8, 0.9]}
         for part in tables.COUNTERFACTUALS
     }
@@ -142,22 +142,24 @@ def test_records_of_other_parameters_are_dropped(tmp_path: Path) -> None:
     store = tmp_path / "paper.json"
     good, stale = cell("cifar10/0/badnets"), cell("cifar10/0/badnets")
     stale["settings"] = "other"
-    good["repairs"]["default/cf"] = good["repairs"]["default/eu"]  # of other settings
-    good["detectors"]["zap"] = good["detectors"]["default"]  # gone
+    good["repairs"]["normalised/cf"] = good["repairs"]["normalised/eu"]  # of other settings
+    good["detectors"]["zap"] = good["detectors"]["normalised"]  # gone
     store.write_text(json.dumps({"cells": {
         "cifar10/0/badnets": good, "cifar10/1/badnets": stale, "mars/0/badnets": good,
     }}))  # fmt: skip
     shutil.copy(paper_cells.HOME / "params.yaml", tmp_path)
     kept = paper_cells.gather(tmp_path, store)
     assert list(kept) == ["cifar10/0/badnets"]
-    assert set(kept["cifar10/0/badnets"]["repairs"]) == {"default/eu", "truth/eu"}
-    assert set(kept["cifar10/0/badnets"]["detectors"]) == {"default"}
+    assert set(kept["cifar10/0/badnets"]["repairs"]) == {"normalised/eu", "truth/eu"}
+    assert set(kept["cifar10/0/badnets"]["detectors"]) == {"normalised"}
 
 
 def test_a_misspelt_figure_is_an_error() -> None:
     cells = {"cifar10/0/badnets": cell("cifar10/0/badnets")}
     with pytest.raises(KeyError):
-        list(paper_cells.values(cells, "cifar10", "badnets", "detectors", "default", "all", "tbr"))
+        list(
+            paper_cells.values(cells, "cifar10", "badnets", "detectors", "normalised", "all", "tbr")
+        )
 
 
 def test_the_page_is_filled_between_its_markers(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""How much clean inputs cohere with a block of rows, and which rows cohere more."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
+
+from defense.detectors.coherence import Block, Reals, Rows
+from defense.records import Mask, mask_of
+
+CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
+JOINED = 2.0  # standard deviations from which on an input coheres with the seeds of another
+TAIL = 0.2  # of the controls, to whose cosines a tail is fitted
+SHAPED = 20  # controls in the tail from which on its shape is fitted, too
+HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
+RESAMPLES = 200  # of the controls, for the interval of false flags
+
+
+def exceedance(null: Reals, values: Reals) -> NDArray[np.float64]:
+    """Chance that another draw from a sample's distribution is as large as some values.
+
+    Beyond the sample's 80 % quantile it is that of a generalised Pareto distribution fitted by
+    probability-weighted moments (Hosking & Wallis 1987), of a small sample an exponential one.
+
+    Args:
+        null: The sample, ``[k]``.
+        values: ``[n]``.
+
+    Returns:
+        float64 ``[n]`` in (0, 1].
+    """
+    sample, wanted = np.sort(null).astype(np.float64), np.asarray(values, dtype=np.float64)
+    limit = np.quantile(sample, 1 - TAIL)
+    beyond = sample[sample > limit] - limit
+    share = (1 + len(beyond)) / (1 + len(sample))
+    above = 1 + len(sample) - np.searchsorted(sample, wanted)
+    inside = np.maximum(above / (1 + len(sample)), share)
+    scale, shape = _pareto(beyond)
+    depth = np.maximum(wanted - limit, 0) / scale
+    outside = np.exp(-depth) if shape == 0 else (1 + shape * depth) ** (-1 / shape)
+    result: NDArray[np.float64] = np.where(wanted > limit, share * outside, inside)
+    return np.maximum(result, np.finfo(np.float64).tiny)
+
+
+def _pareto(excess: NDArray[np.float64]) -> tuple[float, float]:
+    """Fit scale and shape of a tail to what lies in it, ascending."""
+    mean = float(excess.mean()) if len(excess) else 0.0
+    mean = max(mean, float(np.finfo(np.float32).eps))
+    if len(excess) < SHAPED:
+        return mean, 0.0
+    weighted = float((excess * np.arange(len(excess) - 1, -1, -1)).mean() / (len(excess) - 1))
+    shape = min(2 - mean / max(mean - 2 * weighted, 1e-3 * mean), HEAVIEST)
+    return (mean, 0.0) if shape <= 0 else (mean * (1 - shape), shape)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Which rows of a block cohere more than clean inputs do.
+
+    Attributes:
+        flagged: bool ``[n]``.
+        block: The block that they settled at.
+        expected_false: See `defense.evidence.Incident`.
+        threshold: Score above which rows are flagged.
+        strength: See `Controls.strength`.
+    """
+
+    flagged: Mask
+    block: Block
+    expected_false: tuple[float, float, float]
+    threshold: float
+    strength: float
+
+
+class Controls:
+    """Clean inputs of a label, whose cohesion with a block's seeds says what chance can do.
+
+    They are to the seeds of a block what clean rows are: neither was chosen for cohering with
+    them. So the p-value of a row is the chance that a clean input coheres as much.
+    """
+
+    def __init__(self, starts: Reals, rate: float) -> None:
+        """Take the cosines of clean inputs with rows ``[k, n]``, and a false-discovery rate."""
+        self.starts, self.rate = starts, rate
+        self.centre = np.median(starts, axis=0)
+        spread = CONSISTENT * np.median(np.abs(starts - self.centre))
+        self.spread = max(float(spread), float(np.finfo(np.float32).eps))
+
+    def where(self, mask: Mask) -> "Controls":
+        """Select some of the rows, bool ``[n]``."""
+        return Controls(self.starts[:, mask], self.rate)
+
+    def standardised(self, start: Reals) -> Reals:
+        """Express cosines of an input with rows, ``[n]``, in deviations of clean inputs."""
+        result: Reals = (start - self.centre) / self.spread
+        return result
+
+    def strength(self, block: Block, flagged: Mask) -> float:
+        """Tell how much a block's input itself coheres with flagged rows, bool ``[n]``."""
+        return float(self.standardised(block.start)[flagged].clip(0).sum())
+
+    def are_of_one_incident(self, block: Block, other: Block) -> bool:
+        """Tell whether the input of each block coheres with the seeds of the other one."""
+        ours, theirs = self.standardised(block.start), self.standardised(other.start)
+        return bool(np.median(ours[other.seeds]) >= JOINED <= np.median(theirs[block.seeds]))
+
+    def __len__(self) -> int:
+        """Return the number of clean inputs."""
+        return len(self.starts)
+
+    def null(self, block: Block, without: int | None = None) -> Reals:
+        """Median cosine of clean inputs with the seeds of a block, one of them left out."""
+        cosines: Reals = np.median(self.starts[:, block.seeds], axis=1)
+        return cosines if without is None else np.delete(cosines, without)
+
+    def discoveries(self, block: Block, without: int | None = None) -> Mask:
+        """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995)."""
+        p_values = exceedance(self.null(block, without), block.scores)
+        found: Mask = false_discovery_control(p_values) <= self.rate
+        return found
+
+    def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
+        """Flag rows; if they are more than the seeds they become the seeds, until they settle.
+
+        Args:
+            rows: The rows.
+            block: The block of an input.
+            rounds: Times they do, at most.
+            without: The clean input it is of, if it is of one.
+        """
+        flagged = self.discoveries(block, without)
+        for _ in range(rounds):
+            known = mask_of(block.seeds, len(flagged))
+            if flagged.sum() <= len(block.seeds) or np.array_equal(flagged, known):
+                break
+            block = rows.regrow(block, flagged)
+            flagged = self.discoveries(block, without)
+        null, scores = self.null(block, without), block.scores
+        threshold = float(scores.min() - 1 if flagged.all() else scores[~flagged].max())
+        expected = (0.0, 0.0, 0.0)
+        if flagged.any() and without is None:
+            expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
+        return Finding(flagged, block, expected, threshold, self.strength(block, flagged))
+
+
+def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:
+    """Expect false flags among clean rows: their mean, and a 95 % interval over samples."""
+    generator = np.random.default_rng(0)
+    drawn = [
+        exceedance(generator.choice(null, len(null)), np.array([least]))[0]
+        for _ in range(RESAMPLES)
+    ]
+    counts = generator.poisson(clean * np.array(drawn))
+    low, high = np.quantile(counts, (0.025, 0.975))
+    mean = clean * exceedance(null, np.array([least]))[0]
+    return float(mean), min(float(low), float(mean)), max(float(high), float(mean))

@@ -1,0 +1,207 @@
+"""Looks for a block among the rows of a label, and says how sure it is."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from defense.detectors.coherence import Block, Reals, Rows
+from defense.detectors.controls import Controls, Finding
+from defense.errors import DataError
+from defense.evidence import Directions
+from defense.method import Method
+from defense.prediction import PREDICT_BATCH, predict
+from defense.records import ImageSet, Mask
+
+FEWEST = 20  # controls of a class, for a tail to be fitted; rows, to look among
+SPARE = 40  # images that are predicted beyond those that are wanted
+PASSES = 3  # blocks that are taken out one after the other, at most
+
+
+class Coherence(Method):
+    """When rows form a block, and when it is more than chance.
+
+    Attributes:
+        false_discovery_rate: Share of false flags that is promised.
+        alarm: P-value up to which the verdict is that poison was found.
+        num_controls: Clean inputs of a class at most. If they are too few for a p-value as small
+            as `alarm`, other classes lend theirs.
+        seeds: Rows that become queries.
+        rounds: Times they do, at most.
+    """
+
+    false_discovery_rate: float = Field(0.02, gt=0, lt=1)
+    alarm: float = Field(0.01, gt=0, lt=1)
+    num_controls: int = Field(200, gt=0)
+    seeds: int = Field(16, gt=1)
+    rounds: int = Field(5, gt=0)
+
+
+class CleanInputs:
+    """Images that a model gets right, in random order, looked for when a class needs them."""
+
+    def __init__(self, model: nn.Module, images: ImageSet, generator: torch.Generator) -> None:
+        """Take a model and labelled images that are not among its training rows."""
+        self.model = model
+        self.mixed = images.take(torch.randperm(len(images), generator=generator).numpy())
+        self.counts = np.bincount(images.labels, minlength=images.num_classes)
+        self.found: dict[tuple[int, int], ImageSet] = {}
+
+    def of(self, label: int, count: int) -> ImageSet:
+        """Return the first `count` images of a class that the model gets right, or fewer."""
+        if (label, count) not in self.found:
+            own, right = np.flatnonzero(self.mixed.labels == label), list[NDArray[np.int64]]()
+            size = min(PREDICT_BATCH, count + SPARE)
+            for first in range(0, len(own), size):
+                part = own[first : first + size]
+                said = predict(self.model, self.mixed.take(part), label="controls")
+                right.append(part[said == label])
+                if sum(map(len, right)) >= count:
+                    break
+            chosen = np.concatenate([own[:0], *right])[:count]
+            self.found[label, count] = self.mixed.take(chosen)
+        return self.found[label, count]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The rows of a label, and clean inputs of it that say what chance can do among them."""
+
+    settings: Coherence
+    rows: Rows
+    null: Controls
+
+    def grow(self, start: Reals) -> Block:
+        """Let a block grow from the cosines of an input with the rows, ``[n]``."""
+        return self.rows.grow(start, self.settings.seeds, self.settings.rounds)
+
+    def judge(self, start: Reals, without: int | None = None) -> Finding:
+        """Grow a block and flag what stands out; see `Controls.judge`."""
+        return self.null.judge(self.rows, self.grow(start), self.settings.rounds, without)
+
+    def where(self, mask: Mask) -> "Bench":
+        """Select some of the rows, bool ``[n]``."""
+        return Bench(self.settings, self.rows.where(mask), self.null.where(mask))
+
+    @cached_property
+    def strengths(self) -> list[float]:
+        """Strengths of the clean inputs themselves, each put through the same procedure."""
+        starts = enumerate(self.null.starts)
+        return [self.judge(start, number).strength for number, start in starts]
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What was found at once: a block, its p-value and the rows of a bench it was sought among."""
+
+    finding: Finding
+    p_value: float
+    among: NDArray[np.int64]
+
+    def found(self, alarm: float) -> bool:
+        """Tell whether it is more than chance."""
+        return self.p_value <= alarm and bool(self.finding.flagged.any())
+
+
+class Search:
+    """Looks among the rows of one label after the other."""
+
+    def __init__(
+        self,
+        settings: Coherence,
+        train: ImageSet,
+        directions: Directions,
+        clean: CleanInputs,
+        *,
+        everywhere: bool = False,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            settings: When rows form a block.
+            train: The training set.
+            directions: Directions of its rows.
+            clean: Inputs for controls.
+            everywhere: Look among all rows, whatever their label.
+        """
+        self.settings, self.train, self.directions = settings, train, directions
+        self.clean, self.everywhere = clean, everywhere
+        self.benches: dict[int, Bench] = {}
+
+    def bench(self, label: int) -> Bench:
+        """Take the rows and controls of a label.
+
+        Raises:
+            DataError: Fewer than two rows, or too few controls to tell what chance can do.
+        """
+        if label not in self.benches:
+            rows = self._rows(label)
+            images = self.clean.of(label, self.settings.num_controls).images()
+            if len(images) < FEWEST:
+                raise DataError(
+                    f"expected {FEWEST} or more clean inputs of class "
+                    f"{self.train.class_names[label]} that the model gets right, got "
+                    f"{len(images)}; give a larger test set"
+                )
+            null = Controls(starts_of(rows, images, label), self.settings.false_discovery_rate)
+            self.benches[label] = Bench(self.settings, rows, null)
+        return self.benches[label]
+
+    def _rows(self, label: int) -> Rows:
+        chosen = (self.train.labels == label) | self.everywhere
+        if chosen.sum() < 2:
+            raise DataError(
+                f"expected two or more rows with the label {self.train.class_names[label]} to "
+                f"compare with, got {chosen.sum()}; set rows to all to compare with every row"
+            )
+        return Rows(self.directions, np.flatnonzero(chosen))
+
+    def strengths(self, bench: Bench, label: int) -> NDArray[np.float64]:
+        """Strengths of controls: those of the label, and of others if they are too few.
+
+        Raises:
+            DataError: They are too few for an alarm.
+        """
+        found, fewest = [*bench.strengths], math.ceil(1 / self.settings.alarm - 1e-9) - 1
+        for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
+            if len(found) >= fewest:
+                break
+            if other != label and len(self.clean.of(other, self.settings.num_controls)) >= FEWEST:
+                found += self.bench(other).strengths
+        if len(found) < fewest:
+            raise DataError(
+                f"an alarm at {self.settings.alarm:g} takes {fewest} clean inputs that the model "
+                f"gets right, got {len(found)}; give a larger test set or raise it"
+            )
+        return np.array(found)
+
+    def sightings(self, label: int, start: Reals) -> Iterator[Sighting]:
+        """Look for a block, take it out and look again, until nothing is found.
+
+        Args:
+            label: Among whose rows.
+            start: Cosine of an input with them, ``[n]``.
+
+        Yields:
+            The blocks, the last of which is one that chance explains, unless there are many.
+        """
+        bench, among = self.bench(label), np.arange(len(start))
+        for _ in range(PASSES):
+            finding, strengths = bench.judge(start[among]), self.strengths(bench, label)
+            p_value = (1 + (strengths >= finding.strength).sum()) / (1 + len(strengths))
+            yield Sighting(finding, float(p_value), among)
+            left = ~finding.flagged
+            if p_value > self.settings.alarm or left.all() or left.sum() < FEWEST:
+                break
+            bench, among = bench.where(left), among[left]
+
+
+def starts_of(rows: Rows, images: Tensor, label: int) -> Reals:
+    """Cosines of inputs with rows, by the margin of a label: ``[q, n]``."""
+    return rows.directions.inputs(images, torch.full((len(images),), label))

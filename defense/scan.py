@@ -1,0 +1,245 @@
+"""Is a model poisoned, and by which rows, without an incident to start from.
+
+Poisons of one attack cohere with each other as nothing else in their class does. A scan looks for
+such blocks, in the training set alone or where inputs point to, and asks a model that never saw
+the rows of a block whether it would give them their label: natural blocks, such as pictures of
+one car, carry the label that others teach, too; planted ones do not.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.stats import false_discovery_control, fisher_exact
+
+from defense.compute import progress
+from defense.contracts import Architecture
+from defense.detectors.coherence import Reals
+from defense.detectors.controls import Finding, exceedance
+from defense.detectors.search import Bench, CleanInputs, Coherence, Search, starts_of
+from defense.evidence import Directions, FoundBlock, PointedInput, Scan
+from defense.prediction import predict
+from defense.recipe import Recipe
+from defense.records import ImageSet, Mask, mask_of
+from defense.victim import make_trainer
+
+Predictor = Callable[[ImageSet], NDArray[np.int64]]
+Independent = Callable[[ImageSet], Predictor]  # trains on some rows
+
+CHUNK = 256  # rows whose cosines with their class are looked at together
+TRIES = 10  # places looked at per attempt, as long as they lead to a known block
+CONTRADICTED = 0.5  # share of the usual agreement up to which labels are contradicted
+
+
+class ScanSettings(Coherence):
+    """How a scan looks for blocks and judges them.
+
+    Attributes:
+        attempts: Places per class where a block is sought.
+        candidates: Rows of a class, at random, that may be such a place.
+        smallest: Rows of a block at least; fewer are not judged.
+        epochs: That the independent model is trained for.
+        held_out: Rows per class that it never sees, for comparison with those of a block.
+    """
+
+    attempts: int = Field(3, gt=0)
+    candidates: int = Field(4096, gt=0)
+    smallest: int = Field(8, gt=1)
+    epochs: int = Field(1, gt=0)
+    held_out: int = Field(100, gt=9)
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """A block that coheres more than clean inputs do, not judged yet.
+
+    Attributes:
+        label: The label of its rows.
+        rows: Their numbers in the training set, ascending.
+        finding: How much they cohere.
+        clean: Largest median cosine of a clean input with it.
+    """
+
+    label: int
+    rows: NDArray[np.int64]
+    finding: Finding
+    clean: float
+
+
+class Scanner:
+    """Looks for blocks and judges them, for one model and its training set."""
+
+    def __init__(
+        self,
+        settings: ScanSettings,
+        train: ImageSet,
+        directions: Directions,
+        clean: CleanInputs,
+        independent: Independent,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            settings: How blocks are sought.
+            train: The training set.
+            directions: Directions of its rows.
+            clean: Inputs for controls.
+            independent: Trains a model on some rows; returns what it predicts for others.
+        """
+        self.settings, self.train = settings, train
+        self.search, self.independent = Search(settings, train, directions, clean), independent
+
+    def rows(self, seed: int) -> Scan:
+        """Look for blocks in the training set alone."""
+        labels = progress(iterable=range(self.train.num_classes), desc="classes", unit="class")
+        blocks = [
+            block for label in labels for block in self._blocks(label, self._dense(label, seed))
+        ]
+        return Scan(self._judged(blocks, seed), (), self.settings.alarm)
+
+    def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
+        """Look for blocks that inputs point to, and for the inputs whose prediction they dictate.
+
+        Args:
+            images: The inputs; their labels are not used.
+            predicted: What the model makes of them, int64 ``[q]``.
+            seed: Of the rows the independent model is compared on.
+        """
+        blocks, starts = list[Suspicion](), dict[int, Reals]()
+        for label in progress(iterable=np.unique(predicted).tolist(), desc="classes", unit="class"):
+            bench = self.search.bench(label)
+            own = images.images(np.flatnonzero(predicted == label))
+            starts[label] = starts_of(bench.rows, own, label)
+            blocks += self._blocks(label, self._pointing(bench, starts[label]))
+        judged = self._judged(blocks, seed)
+        pointed = list[PointedInput]()
+        for number, block in enumerate(blocks):
+            names = images.ids[predicted == block.label].tolist()
+            chances = self._dictated(block, starts[block.label])
+            found = [(p_value, name) for p_value, name in zip(chances, names, strict=True)
+                     if p_value <= self.settings.false_discovery_rate]  # fmt: skip
+            pointed += [PointedInput(name, number, p_value) for p_value, name in sorted(found)]
+        return Scan(judged, tuple(pointed), self.settings.alarm)
+
+    def _dense(self, label: int, seed: int) -> Iterator[Reals]:
+        """Yield cosines of rows with their class, those first that cohere most.
+
+        What counts is how much more rows cohere with a row than clean inputs do: in a class
+        whose pictures are much alike, clean inputs cohere as well.
+        """
+        bench = self.search.bench(label)
+        drawn = np.random.default_rng(seed).permutation(len(bench.rows))
+        places = np.sort(drawn[: self.settings.candidates])
+        kept = min(self.settings.seeds, len(bench.rows) - 1)
+        excess = np.empty(len(places), dtype=np.float32)
+        for first in range(0, len(places), CHUNK):
+            part = places[first : first + CHUNK]
+            cosines = np.nan_to_num(bench.rows.between(part), nan=-1.0)
+            others = np.partition(cosines, -kept, axis=1)[:, -kept]
+            excess[first : first + CHUNK] = others - bench.null.starts[:, part].max(0)
+        for place in places[np.argsort(-excess, kind="stable")]:
+            start = bench.rows.between(np.array([place]))[0]
+            start[place] = 1
+            yield start
+
+    def _pointing(self, bench: Bench, starts: Reals) -> Iterator[Reals]:
+        """Yield cosines of inputs with a class, those first that cohere most with some rows."""
+        kept = min(self.settings.seeds, starts.shape[1])
+        standard = bench.null.standardised(starts)
+        depth = np.partition(standard, -kept, axis=1)[:, -kept]
+        yield from starts[np.argsort(-depth, kind="stable")]
+
+    def _blocks(self, label: int, starts: Iterator[Reals]) -> Iterator[Suspicion]:
+        """Grow blocks from some places; a place whose seeds are known is no new attempt."""
+        bench, known = self.search.bench(label), set[int]()
+        attempts = 0
+        for start in itertools.islice(starts, TRIES * self.settings.attempts):
+            block = bench.grow(start)
+            if len(known.intersection(block.seeds.tolist())) > len(block.seeds) / 2:
+                continue
+            finding = bench.null.judge(bench.rows, block, self.settings.rounds)
+            members = np.flatnonzero(finding.flagged)
+            known |= {*block.seeds.tolist(), *members.tolist()}
+            if len(members) >= self.settings.smallest:
+                clean = float(bench.null.null(finding.block).max())
+                yield Suspicion(label, bench.rows.places[members], finding, clean)
+            attempts += 1
+            if attempts == self.settings.attempts:
+                break
+
+    def _dictated(self, block: Suspicion, starts: Reals) -> list[float]:
+        """Chance that a clean input coheres as much with a block, adjusted for their number."""
+        members, bench = block.finding.flagged, self.search.bench(block.label)
+        chances = exceedance(bench.null.null(block.finding.block), np.median(starts[:, members], 1))
+        adjusted: list[float] = false_discovery_control(chances).tolist()
+        return adjusted
+
+    def _judged(self, blocks: list[Suspicion], seed: int) -> tuple[FoundBlock, ...]:
+        """Ask a model that never saw the rows of any block, nor some others of their classes."""
+        if not blocks:
+            return ()
+        labels, rng = self.train.labels, np.random.default_rng(seed)
+        suspect = np.logical_or.reduce([self._mask(block) for block in blocks])
+        held = np.zeros_like(suspect)
+        for label in sorted({block.label for block in blocks}):
+            others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
+            held[others[: self.settings.held_out]] = True
+        said = np.full(len(labels), -1, dtype=np.int64)
+        predictor = self.independent(self.train.where(~(suspect | held)))
+        said[suspect | held] = predictor(self.train.where(suspect | held))
+        alarm = self.settings.alarm / len(blocks)
+        return tuple(self._judge(block, said, held, alarm) for block in blocks)
+
+    def _mask(self, block: Suspicion) -> Mask:
+        return mask_of(block.rows, len(self.train))
+
+    def _judge(
+        self, block: Suspicion, said: NDArray[np.int64], held: Mask, alarm: float
+    ) -> FoundBlock:
+        """Compare how often the independent model agrees with the labels of a block."""
+        label, scores = block.label, block.finding.block.scores[block.finding.flagged]
+        own, usual = said[block.rows] == label, said[held & (self.train.labels == label)] == label
+        counts = [[group.sum(), (~group).sum()] for group in (own, usual)]
+        p_value = float(fisher_exact(counts, alternative="less").pvalue)
+        votes = np.bincount(said[block.rows], minlength=self.train.num_classes)
+        agreement, base = float(own.mean()), float(usual.mean()) if len(usual) else 0.0
+        return FoundBlock(
+            label,
+            self._mask(block),
+            float(np.median(scores)),
+            block.clean,
+            block.finding.expected_false,
+            agreement,
+            base,
+            len(usual),
+            int(votes.argmax()),
+            float(votes.max() / len(own)),
+            p_value,
+            p_value <= alarm and agreement <= CONTRADICTED * base,
+        )
+
+
+def independent_of(
+    architecture: Architecture, recipe: Recipe, epochs: int, seed: int, scratch: Path | None
+) -> Independent:
+    """Prepare to train models like the suspect one, but shortly, on some rows.
+
+    Args:
+        architecture: Of the suspect model.
+        recipe: It was trained with.
+        epochs: Instead of the recipe's.
+        seed: The run's seed.
+        scratch: Folder for checkpoints of an unfinished training.
+    """
+    short = recipe.model_copy(update={"epochs": epochs})
+    trainer = make_trainer(architecture, short, seed=seed, stream="independent", scratch=scratch)
+
+    def fitted(rows: ImageSet) -> Predictor:
+        model = trainer.fit(rows).model
+        return lambda images: predict(model, images, label="independent")
+
+    return fitted
