@@ -91,6 +91,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value))
 
 
+def cell(text: str) -> str:
+    """Quote what a spreadsheet would run as a formula; file and class names are untrusted."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def write_artifact(
     path: Path,
     kind: str,

@@ -11,12 +11,20 @@ import numpy as np
 from pydantic import Field
 from torch import nn
 
-from defense.artifacts import Manifest
+from defense.artifacts import Manifest, cell
+from defense.evidence import Scan
 from defense.method import Method
-from defense.metrics import detection_quality, model_quality
+from defense.metrics import detection_quality, model_quality, rate
 from defense.prediction import predict
 from defense.records import Flags, ImageSet, Truth
-from defense.report import Affected, AuditReport, Evidence, IncidentQuality, ModelQuality
+from defense.report import (
+    Affected,
+    AuditReport,
+    BlockQuality,
+    Evidence,
+    IncidentQuality,
+    ModelQuality,
+)
 
 
 class AuditSettings(Method):
@@ -45,6 +53,7 @@ class Exhibits:
         published: That of the published rule.
         before: The suspect model.
         after: The remediated model.
+        scan: What a scan of all rows found, if there was one.
     """
 
     train: ImageSet
@@ -56,6 +65,7 @@ class Exhibits:
     published: Flags
     before: nn.Module
     after: nn.Module
+    scan: Scan | None = None
 
 
 def evidence(manifests: Mapping[str, tuple[Path, Manifest]]) -> dict[str, Evidence]:
@@ -124,6 +134,7 @@ def audit(
         success=is_success(before, after, settings),
         psr_bound=settings.psr_bound,
         accuracy_drop_bound=settings.accuracy_drop_bound,
+        blocks=None if exhibits.scan is None else _blocks(exhibits, exhibits.scan),
         artifacts=artifacts,
     )
 
@@ -159,6 +170,26 @@ def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
     ]
 
 
+def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:
+    names = exhibits.train.class_names
+    return [
+        BlockQuality(
+            label=names[block.label],
+            num_rows=int(block.rows.sum()),
+            coherence=block.coherence,
+            clean_coherence=block.clean_coherence,
+            agreement=block.agreement,
+            usual_agreement=block.usual_agreement,
+            said=names[block.said],
+            p_value=block.p_value,
+            suspected=block.suspected,
+            planted=rate(exhibits.truth.poisoned[block.rows]),
+            removed=rate(exhibits.flags.mask[block.rows]),
+        )
+        for block in scan.blocks
+    ]
+
+
 def flags_csv(train: ImageSet, flags: Flags) -> str:
     """List the flagged rows, most suspicious first, as CSV."""
     rows = np.flatnonzero(flags.mask)
@@ -168,10 +199,5 @@ def flags_csv(train: ImageSet, flags: Flags) -> str:
     table.writerow(["row", "id", "label", "suspicion"])
     for row in order:
         name, label = train.ids[row], train.class_names[train.labels[row]]
-        table.writerow([row, _cell(name), _cell(label), f"{flags.suspicion[row]:.6g}"])
+        table.writerow([row, cell(name), cell(label), f"{flags.suspicion[row]:.6g}"])
     return text.getvalue()
-
-
-def _cell(text: str) -> str:
-    """Quote what a spreadsheet would run as a formula; file and class names are untrusted."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

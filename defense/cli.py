@@ -1,4 +1,4 @@
-"""Commands for release managers and auditors. Imports no torch."""
+"""Commands for release managers and auditors. Imports no torch, but to scan."""
 
 import os
 import sys
@@ -79,6 +79,34 @@ def read_policy(path: Path) -> Policy:
         raise DefenseError(
             f"expected a policy in section 'gate' of {path}, got: {reason}"
         ) from error
+
+
+@cli.command()
+@HOME
+@click.option(
+    "--inputs",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of images, or an images artefact, to start from; else the training set alone.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="scan",
+    show_default=True,
+    help="Folder to write to.",
+)
+def scan(home: Path, inputs: Path | None, out: Path) -> None:
+    """Look for poison without an incident: blocks of rows that dictate predictions.
+
+    Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 70 crash.
+    """
+    from defense.scanning import scan_home  # brings torch
+
+    found, blocks = scan_home(home, inputs, out)
+    for line in (*blocks, f"{found.verdict}, see {out}"):
+        say(line)
+    if found.suspected:
+        raise SystemExit(BLOCKED)
 
 
 @cli.group()

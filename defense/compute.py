@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from defense.errors import DefenseError
@@ -141,3 +142,10 @@ def has_bf16(place: torch.device) -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()  # oneDNN says yes where it only emulates
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def placed(values: Any, place: torch.device) -> Any:
+    """Move the tensors of a nested dictionary to a device."""
+    if isinstance(values, Tensor):
+        return values.to(place)
+    return {name: placed(value, place) for name, value in values.items()}

@@ -25,12 +25,15 @@ class Policy(Method):
         min_clean_accuracy: Smallest accepted clean accuracy of the remediated model.
         max_affected_fooled: Largest accepted share of affected inputs that still get the
             label they were reported with.
+        max_open_blocks: Most accepted blocks of rows that a scan suspects and that are still
+            trained on; null asks for no scan.
     """
 
     max_psr: float = Field(0.05, ge=0, le=1)
     max_accuracy_drop: float = Field(0.02, ge=-1, le=1)
     min_clean_accuracy: float = Field(0.0, ge=0, le=1)
     max_affected_fooled: float = Field(0.0, ge=0, le=1)
+    max_open_blocks: int | None = Field(0, ge=0)
 
 
 class Check(BaseModel):
@@ -85,6 +88,8 @@ def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:
         _check("clean_accuracy", after.clean_accuracy.value, ">=", policy.min_clean_accuracy),
         _check("affected_fooled", after.affected_fooled.value, "<=", policy.max_affected_fooled),
     ]
+    if policy.max_open_blocks is not None:
+        checks.append(_check("open_blocks", report.open_blocks, "<=", policy.max_open_blocks))
     return Verdict(
         passed=all(check.passed for check in checks),
         checks=checks,

@@ -1,6 +1,7 @@
 """Pictures of an audit as PNG bytes that are the same on every run."""
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve
 
+from defense.evidence import FoundBlock, Scan
 from defense.metrics import ranking
 from defense.records import Flags, ImageSet, Truth
 from defense.report import AuditReport, Rate
@@ -28,6 +30,37 @@ def draw(
         "precision_recall.png": _precision_recall(flags, truth),
         "before_after.png": _before_after(report),
     }
+
+
+def sheets(scan: Scan, train: ImageSet) -> dict[str, bytes]:
+    """Draw some rows of every block: file name to PNG bytes."""
+    return {
+        f"block_{number}.png": _contact_sheet(
+            train, np.flatnonzero(block.rows), block_title(block, train)
+        )
+        for number, block in enumerate(scan.blocks)
+    }
+
+
+def block_title(block: FoundBlock, train: ImageSet) -> str:
+    """Say in one line what a block is."""
+    what = "suspected" if block.suspected else "natural"
+    names = train.class_names
+    return (
+        f"{what}: {block.rows.sum():,} rows labelled {names[block.label]}; a model that never saw "
+        f"them agrees with {block.agreement:.0%} (usually {block.usual_agreement:.0%}), says "
+        f"{names[block.said]}"
+    )
+
+
+def _contact_sheet(train: ImageSet, rows: NDArray[np.int64], caption: str) -> bytes:
+    """Show the first rows of some as PNG bytes."""
+    shown = rows[:SHOWN]
+    figure, axes = _grid(len(shown), textwrap.fill(caption, 70))
+    for place, row in enumerate(shown):
+        title = f"row {row}: {train.class_names[train.labels[row]]}"
+        _show(axes[place], train.uint8(slice(row, row + 1))[0], title)
+    return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:

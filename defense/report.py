@@ -12,6 +12,9 @@ from defense.errors import EvidenceError
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
+REMOVED = 0.9  # share of a suspected block from which on it counts as removed
+
+
 class Part(BaseModel):
     """Base of the report's parts: immutable, unknown keys refused."""
 
@@ -107,7 +110,42 @@ class IncidentQuality(Part):
     num_flagged: int
     false_discovery_rate: float
     precision: tuple[float, float, float] | None
-    p_value_left: float | None
+    p_value_left: float | None = None
+
+
+class BlockQuality(Part):
+    """Rows that cohere as nothing else in their class does, as a scan of all rows found them.
+
+    Attributes:
+        label: The label they carry.
+        num_rows: How many they are.
+        coherence: Median of their cosines with each other.
+        clean_coherence: Largest median cosine of a clean input of that label with them.
+        agreement: Share to which a model that never saw them gives their label.
+        usual_agreement: The same of other rows with that label.
+        said: The label that it gives to most of them.
+        p_value: Chance of so little agreement, were they rows like those others.
+        suspected: Whether they seem to be planted.
+        planted: Those that were, by the truth.
+        removed: Those that were flagged and removed.
+    """
+
+    label: str
+    num_rows: int
+    coherence: float
+    clean_coherence: float
+    agreement: float
+    usual_agreement: float
+    said: str
+    p_value: float
+    suspected: bool
+    planted: Rate
+    removed: Rate
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is suspected, and more than a tenth of it is still trained on."""
+        return self.suspected and (self.removed.value or 0.0) < REMOVED
 
 
 class Affected(Part):
@@ -149,6 +187,7 @@ class AuditReport(Part):
         success: PSR after below `psr_bound` and accuracy drop within `accuracy_drop_bound`.
         psr_bound: Bound that PSR must stay below.
         accuracy_drop_bound: Largest accepted drop of clean accuracy.
+        blocks: What a scan of all rows found; None without a scan.
         artifacts: Digest of every artefact, by name.
     """
 
@@ -169,7 +208,13 @@ class AuditReport(Part):
     success: bool
     psr_bound: float
     accuracy_drop_bound: float
+    blocks: list[BlockQuality] | None = None
     artifacts: dict[str, Evidence]
+
+    @property
+    def open_blocks(self) -> int | None:
+        """Suspected blocks that are still trained on; None without a scan."""
+        return None if self.blocks is None else sum(block.is_open for block in self.blocks)
 
     @property
     def accuracy_drop(self) -> float | None:

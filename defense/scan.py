@@ -43,6 +43,7 @@ class ScanSettings(Coherence):
         candidates: Rows of a class, at random, that may be such a place.
         smallest: Rows of a block at least; fewer are not judged.
         epochs: That the independent model is trained for.
+        max_rows: Rows that it is trained on, at random; null for all that are left.
         held_out: Rows per class that it never sees, for comparison with those of a block.
     """
 
@@ -50,6 +51,7 @@ class ScanSettings(Coherence):
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(8, gt=1)
     epochs: int = Field(1, gt=0)
+    max_rows: int | None = Field(10_000, gt=0)
     held_out: int = Field(100, gt=9)
 
 
@@ -189,7 +191,8 @@ class Scanner:
             others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
             held[others[: self.settings.held_out]] = True
         said = np.full(len(labels), -1, dtype=np.int64)
-        predictor = self.independent(self.train.where(~(suspect | held)))
+        seen = rng.permutation(np.flatnonzero(~(suspect | held)))[: self.settings.max_rows]
+        predictor = self.independent(self.train.take(np.sort(seen)))
         said[suspect | held] = predictor(self.train.where(suspect | held))
         alarm = self.settings.alarm / len(blocks)
         return tuple(self._judge(block, said, held, alarm) for block in blocks)

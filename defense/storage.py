@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
 from defense.errors import ArtifactError
-from defense.evidence import Incident
+from defense.evidence import FoundBlock, Incident, PointedInput, Scan
 from defense.records import (
     Coverage,
     Factors,
@@ -232,3 +232,27 @@ def incident_of(facts: dict[str, Any]) -> Incident:
     """Build an incident from what was saved of it."""
     several = {name: tuple(facts[name]) for name in ("affected", "expected_false")}
     return Incident(**facts | several)
+
+
+def save_scan(path: Path, scan: Scan, *, inputs: Inputs | None = None) -> str:
+    """Save what a scan found; returns the artefact's digest."""
+    facts = [asdict(block) for block in scan.blocks]
+    rows = np.array([fact.pop("rows") for fact in facts], dtype=np.bool_)
+    meta = {
+        "blocks": facts,
+        "inputs": [asdict(given) for given in scan.inputs],
+        "alarm": scan.alarm,
+        "verdict": scan.verdict,
+    }
+    return write_artifact(path, "scan", {"rows.npy": array(rows)}, meta=meta, inputs=inputs)
+
+
+def load_scan(path: Path) -> tuple[Scan, Manifest]:
+    """Load what a scan found."""
+    manifest, rows = open_artifact(path, "scan"), read_array(path / "rows.npy")
+    blocks = tuple(
+        FoundBlock(rows=mask, **facts | {"expected_false": tuple(facts["expected_false"])})
+        for mask, facts in zip(rows, manifest.fact("blocks"), strict=True)
+    )
+    given = tuple(PointedInput(**facts) for facts in manifest.fact("inputs"))
+    return Scan(blocks, given, manifest.fact("alarm")), manifest

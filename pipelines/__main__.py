@@ -20,6 +20,7 @@ STAGES = (
     "train",
     "factors",
     "directions",
+    "scan",
     "influence",
     "detect",
     "remediate",

@@ -19,6 +19,7 @@ from defense.influence.store import DirectionSettings
 from defense.method import Method
 from defense.models import AnyArchitecture
 from defense.recipe import Recipe
+from defense.scan import ScanSettings
 from defense.unlearning import AnyUnlearner
 
 
@@ -57,6 +58,7 @@ class Params(Method):
         affected: Which inputs the investigation starts from.
         factors: How the curvature is estimated.
         directions: How the directions of the rows are stored.
+        scan: How blocks of rows are sought without an incident.
         transforms: How the affected inputs are transformed.
         scores: How influence is computed.
         detector: How rows are flagged.
@@ -74,6 +76,7 @@ class Params(Method):
     affected: AffectedSettings
     factors: FactorSettings
     directions: DirectionSettings
+    scan: ScanSettings = ScanSettings()
     transforms: TransformSettings
     scores: ScoreSettings
     detector: AnyDetector

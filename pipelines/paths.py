@@ -13,6 +13,7 @@ DEPTHS = {
     "train": 3,
     "factors": 3,
     "directions": 3,
+    "scan": 3,
     "influence": 3,
     "detect": 4,
     "reference": 4,
@@ -83,6 +84,11 @@ class Paths:
     def directions(self) -> Path:
         """Artefact of the directions stage."""
         return self.attack / "artifacts/directions"
+
+    @property
+    def scan(self) -> Path:
+        """Artefact of the scan stage."""
+        return self.attack / "artifacts/scan"
 
     @property
     def scores(self) -> Path:

@@ -103,6 +103,36 @@ class Folder(DataSource):
         return pixels.transpose(2, 0, 1)
 
 
+def read_images(folder: Path, shape: tuple[int, int, int]) -> ImageSet:
+    """Read the images in a folder and the folders below it, without labels.
+
+    Args:
+        folder: Its hidden files are left out.
+        shape: Channels, height and width they are brought to, as by `Folder`.
+
+    Raises:
+        DataError: There are none, one is not readable, or images are not to be square.
+    """
+    channels, height, width = shape
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in FORMATS and not file.name.startswith(".")
+    )
+    if not files or height != width:
+        raise DataError(
+            f"expected PNG, JPEG or WebP files in {folder} for square images, got {len(files)} "
+            f"for {height} x {width}"
+        )
+    reader = Folder(path=str(folder), image_size=height, channels=1 if channels == 1 else 3)
+    pixels = pixel_store((len(files), *shape))
+    for batch in batches(len(files), 64, label=f"decode {folder.name}"):
+        for row in batch:
+            pixels[row] = reader._decode(files[row])
+    ids = np.array([file.relative_to(folder).as_posix() for file in files])
+    return image_set(pixels, np.zeros(len(files), dtype=np.int64), ids, ("unknown",))
+
+
 def _classes(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"data.path: expected a folder {folder} with one folder per class")

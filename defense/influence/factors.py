@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from defense.checkpoints import Checkpoint, digest_of_images, digest_of_model
-from defense.compute import batches, progress, timed
+from defense.compute import batches, placed, progress, timed
 from defense.errors import DataError, NumericalError
 from defense.influence.contraction import Basis, add_squares
 from defense.influence.covariance import Covariance, covariance, shifted_size
@@ -52,6 +52,7 @@ class FactorSettings(Method):
         memory_limit: GiB the process may take; None for no limit.
         fisher: ``sampled`` draws labels from the model (the true Fisher, equal to the
             Gauss-Newton matrix of cross-entropy); ``empirical`` uses the training labels.
+        max_rows: Rows to fit on, drawn at random; None for all.
         exclude: Names of modules whose parameters are left out.
     """
 
@@ -60,6 +61,7 @@ class FactorSettings(Method):
     batch_size: int = Field(64, gt=0)
     memory_limit: float | None = Field(None, gt=0)
     fisher: Literal["sampled", "empirical"] = "sampled"
+    max_rows: int | None = Field(None, gt=0)
     exclude: tuple[str, ...] = ()
 
 
@@ -99,6 +101,9 @@ def fit_factors(
     """
     if not len(images):
         raise DataError("expected rows to fit the factors on, got none")
+    if settings.max_rows is not None:
+        drawn = torch.randperm(len(images), generator=generator)[: settings.max_rows]
+        images = images.take(drawn.sort().values.numpy())
     network = Network(model, settings.exclude)
     require_faithful(network, images)
     memory = Memory(settings.batch_size, settings.memory_limit)
@@ -193,9 +198,9 @@ class _Fit:
             for key, parts in state["covariances"].items():
                 name, side = key.rsplit(":", 1)
                 self.sums[key] = covariance(self.network.layers[name], side, state["sizes"][key])
-                self.sums[key].parts = _placed(parts, place)
-            self.bases = _placed(state["bases"], place)
-            self.squares = _placed(state["squares"], place)
+                self.sums[key].parts = placed(parts, place)
+            self.bases = placed(state["bases"], place)
+            self.squares = placed(state["squares"], place)
 
     def save(self) -> None:
         """Save everything that has been summed, if it is time to."""
@@ -341,10 +346,3 @@ class _Fit:
                 f"label; add '{name}' to factors.exclude, or set factors.fisher: empirical"
             )
         return total / len(self.images)
-
-
-def _placed(values: Any, place: torch.device) -> Any:
-    """Move the tensors of a nested dictionary to a device."""
-    if isinstance(values, Tensor):
-        return values.to(place)
-    return {name: _placed(value, place) for name, value in values.items()}

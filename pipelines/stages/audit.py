@@ -16,10 +16,17 @@ from defense.audit import Exhibits, audit, evidence, flags_csv
 from defense.compute import seeded
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.html import render
-from defense.pictures import draw
+from defense.pictures import draw, sheets
 from defense.records import Case, Factors
 from defense.report import AuditReport, headline, summary
-from defense.storage import load_factors, load_flags, load_images, load_scores, load_truth
+from defense.storage import (
+    load_factors,
+    load_flags,
+    load_images,
+    load_scan,
+    load_scores,
+    load_truth,
+)
 from pipelines.params import Params
 from pipelines.paths import REFERENCES, Paths
 from pipelines.stages.common import blinded, load_model
@@ -88,11 +95,12 @@ def collect(params: Params, paths: Paths, shelf: Shelf) -> tuple[Exhibits, Facto
     factors = shelf.take(paths.factors, load_factors)
     scores = shelf.take(paths.scores, load_scores)
     shelf.note(paths.directions, open_artifact(paths.directions, "row_store"))
+    scan = shelf.take(paths.scan, load_scan) if paths.scan.is_dir() else None
     flags = shelf.take(paths.flags, load_flags)
     after = shelf.take(paths.remediated, lambda path: load_model(path, params, train))
     case = Case(blinded(train), before, *scores)
     published = published_rule(params).detect(case, seeded(params.seed, "published"))
-    exhibits = Exhibits(train, test, probe, truth, affected, flags, published, before, after)
+    exhibits = Exhibits(train, test, probe, truth, affected, flags, published, before, after, scan)
     return exhibits, factors
 
 
@@ -103,10 +111,12 @@ def published_rule(params: Params) -> DeltaInfluence:
 
 def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:
     """Write what people and later stages read."""
-    pictures = draw(report, exhibits.train, exhibits.affected, exhibits.flags, exhibits.truth)
+    train = exhibits.train
+    pictures = draw(report, train, exhibits.affected, exhibits.flags, exhibits.truth)
+    pictures |= {} if exhibits.scan is None else sheets(exhibits.scan, train)
     for name, png in pictures.items():
         write_bytes(paths.plots / name, png)
     write_json(paths.reports / "audit.json", report.model_dump(mode="json"))
     write_text(paths.reports / "report.html", render(report, pictures))
-    write_text(paths.reports / "flags.csv", flags_csv(exhibits.train, exhibits.flags))
+    write_text(paths.reports / "flags.csv", flags_csv(train, exhibits.flags))
     write_json(paths.metrics("audit"), headline(report))

@@ -48,6 +48,40 @@ def test_gate_says_what_the_verdict_says(clone: Path) -> None:
     assert done.stdout.strip() == (clone / "reports" / "verdict.md").read_text().strip()
 
 
+def test_a_scan_finds_the_poison_without_an_incident(clone: Path, tmp_path: Path) -> None:
+    done = run(clone, "defense", "scan", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout.strip().splitlines()[-1] == f"poison suspected, see {tmp_path}"
+    assert (
+        file_bytes(tmp_path / "scan")["rows.npy"]
+        == (clone / "artifacts" / "scan" / "rows.npy").read_bytes()
+    )
+    (suspected,) = [b for b in load(clone / "reports" / "audit.json")["blocks"] if b["suspected"]]
+    assert suspected["planted"]["value"] > 0.9
+    assert suspected["planted"]["successes"] > 0.8 * 35  # of the poison
+    listed = (tmp_path / "blocks.csv").read_text().splitlines()[1:]
+    assert sum(line.split(",")[1] == "True" for line in listed) == suspected["num_rows"]
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_scan_hands_inputs_over_to_an_investigation(clone: Path, tmp_path: Path) -> None:
+    from defense.storage import load_images
+
+    probe = load_images(clone / "artifacts" / "probe")[0]
+    for name, pixels in zip(range(20), probe.uint8(slice(0, 20)), strict=True):
+        (tmp_path / "week" / "day").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "week" / "day" / f"{name:02}.png")
+    out = tmp_path / "out"
+    week = ("--inputs", str(tmp_path / "week"), "--out", str(out))
+    done = run(clone, "defense", "scan", *week)
+    assert done.returncode == 1, done.stderr
+    affected = load_images(out / "affected")[0]
+    assert set(affected.ids.tolist()) <= {f"day/{name:02}.png" for name in range(20)}
+    assert len(affected) > 10
+    target = yaml.safe_load((clone / "params.yaml").read_text())["attack"]["target_class"]
+    assert {affected.class_names[label] for label in affected.labels} == {target}
+
+
 def test_second_repro_does_nothing(clone: Path) -> None:
     lock = (clone / "dvc.lock").read_bytes()
     done = run(clone, sys.executable, "-m", "dvc", "repro")
@@ -65,7 +99,7 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
     declared = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]["audit"]["plots"]
     assert list(declared[0]) == ["reports/plots"]
     pictures = sorted((clone / "reports" / "plots").glob("*.png"))
-    assert len(pictures) == 6
+    assert len(pictures) == 6 + len(load(clone / "reports" / "audit.json")["blocks"])
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.width > 300
@@ -74,7 +108,8 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
 
 def test_report_opens_offline(clone: Path) -> None:
     text = (clone / "reports" / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 6
+    blocks = load(clone / "reports" / "audit.json")["blocks"]
+    assert text.count("data:image/png;base64,") == 6 + len(blocks)
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "<script" not in text
     for evidence in load(clone / "reports" / "audit.json")["artifacts"].values():
@@ -83,14 +118,14 @@ def test_report_opens_offline(clone: Path) -> None:
 
 def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     """The promise of a lineage: the same inputs give the same digest."""
-    outs = ("suspect", "affected", "factors", "directions", "scores", "flags", "remediated")
+    outs = ("suspect", "affected", "factors", "directions", "scan", "scores", "flags", "remediated")
     folders = [home / "artifacts" / name for name in outs]
     folders.append(home / "reports")
     before = [file_bytes(folder) for folder in folders]
     left_by_a_kill = home / "scratch" / "train" / "old.pt"
     left_by_a_kill.parent.mkdir(parents=True)
     left_by_a_kill.touch()
-    stages = "train factors directions influence detect remediate audit gate"
+    stages = "train factors directions scan influence detect remediate audit gate"
     for name in stages.split():
         done = stage(home, name)
         assert done.returncode == 0

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from defense.artifacts import sha256_file, write_json
 from defense.cli import main
 from defense.gate import Policy, judge, verify, write_verdict
 from defense.lineage import digest, verify_lineage, write_lineage
-from defense.report import AuditReport, Evidence, ModelQuality, Rate, read_report
+from defense.report import AuditReport, BlockQuality, Evidence, ModelQuality, Rate, read_report
 from defense.storage import save_model
 
 
@@ -29,7 +30,30 @@ def quality(psr: int, correct: int, total: int = 100) -> ModelQuality:
     )
 
 
-def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) -> Path:
+def block(*, suspected: bool = True, removed: int = 0) -> BlockQuality:
+    return BlockQuality(
+        label="3",
+        num_rows=40,
+        coherence=0.3,
+        clean_coherence=0.1,
+        agreement=0.0,
+        usual_agreement=0.9,
+        said="8",
+        p_value=1e-9,
+        suspected=suspected,
+        planted=Rate.of(40, 40),
+        removed=Rate.of(removed, 40),
+    )
+
+
+def make_home(
+    home: Path,
+    *,
+    psr: int = 1,
+    correct: int = 94,
+    total: int = 100,
+    blocks: Sequence[BlockQuality] | None = (),
+) -> Path:
     """Write a model, a report, a verdict, a lineage and a policy."""
     torch.manual_seed(0)
     digest = save_model(home / "artifacts" / "remediated", nn.Linear(2, 2), meta={})
@@ -51,6 +75,7 @@ def make_home(home: Path, *, psr: int = 1, correct: int = 94, total: int = 100) 
         success=True,
         psr_bound=0.05,
         accuracy_drop_bound=0.02,
+        blocks=None if blocks is None else list(blocks),
         artifacts={"remediated": Evidence(path="artifacts/remediated", sha256=digest)},
     )
     file = home / "reports" / "audit.json"
@@ -92,6 +117,24 @@ def test_blocks(tmp_path: Path, change: dict[str, int]) -> None:
 @pytest.mark.parametrize(("psr", "correct", "code"), [(5, 93, 0), (6, 93, 1), (5, 92, 1)])
 def test_bounds_are_inclusive(tmp_path: Path, psr: int, correct: int, code: int) -> None:
     assert run_gate(make_home(tmp_path, psr=psr, correct=correct)) == code
+
+
+@pytest.mark.parametrize(
+    ("blocks", "code"),
+    [
+        ([block(removed=36)], 0),
+        ([block(removed=35)], 1),
+        ([block(suspected=False)], 0),
+        (None, 1),
+    ],
+)
+def test_suspected_blocks_that_are_still_trained_on_block(
+    tmp_path: Path, blocks: list[BlockQuality] | None, code: int
+) -> None:
+    home = make_home(tmp_path, blocks=blocks)
+    assert run_gate(home) == code
+    (home / "params.yaml").write_text("gate: {max_open_blocks: null}\n")
+    assert run_gate(home) == 0
 
 
 def test_a_stricter_policy_today_blocks_yesterdays_pass(tmp_path: Path) -> None:

@@ -1,0 +1,280 @@
+"""Detection beyond the paper on CIFAR-10: investigations, alarms, and scans without an incident.
+
+``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 1-10`` trains a
+suspect model per seed (20,000 rows, a narrow ResNet-9), measures it and keeps a small file per
+model in the work folder; each call adds all that is there to benchmarks/results/detection.json
+and docs/detection.md. Settings were chosen on ``badnets_*`` and ``clean`` with seed 0, which is
+refused here.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from benchmarks.detection_page import fill_page
+from benchmarks.record import RESULTS, hardware, versions
+from defense.artifacts import write_json
+from defense.attacks.badnets import BadNets
+from defense.attacks.blended import Blended
+from defense.attacks.smooth import Smooth
+from defense.compute import seeded
+from defense.contracts import Attack, Trainer
+from defense.datasets.folder import Folder
+from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
+from defense.evidence import Directions, Scan
+from defense.influence.directions import StoredDirections
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.store import DirectionSettings, build_store
+from defense.models.resnet import ResNet9
+from defense.prediction import predict
+from defense.recipe import Recipe
+from defense.records import ImageSet, Mask, PoisonedSplit, Split
+from defense.scan import Scanner, ScanSettings, independent_of
+from defense.victim import make_surrogate, make_trainer
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[1]
+COMMAND = "CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack <attack> --seeds <seeds>"
+ARCHITECTURE = ResNet9(width=24)
+RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, flip=True, precision="bf16")
+DATA = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000)
+FACTORS = FactorSettings(batch_size=128, max_rows=2000)
+PAIR = {"victim_class": "ship", "target_class": "dog"}
+ATTACKS: dict[str, Attack | None] = {
+    "clean": None,
+    "badnets_1": BadNets(poison_fraction=0.01, **PAIR),
+    "badnets_025": BadNets(poison_fraction=0.0025, **PAIR),
+    "badnets_01": BadNets(poison_fraction=0.001, **PAIR),
+    "badnets_all": BadNets(poison_fraction=0.01, target_class="dog"),
+    "smooth_1": Smooth(poison_fraction=0.01, **PAIR),
+    "smooth_025": Smooth(poison_fraction=0.0025, **PAIR),
+    "blended_1": Blended(poison_fraction=0.01, **PAIR),
+    "blended_025": Blended(poison_fraction=0.0025, **PAIR),
+}
+AFFECTED, INNOCENT = 10, 60  # inputs that are investigated
+RATES = (0.02, 0.05, 0.1)  # false-discovery rates
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A suspect model with its data, and the seconds that its parts took."""
+
+    name: str
+    seed: int
+    split: Split
+    poisoned: PoisonedSplit | None
+    train: ImageSet
+    model: nn.Module
+    directions: Directions
+    seconds: dict[str, float]
+
+    @property
+    def planted(self) -> Mask:
+        """Rows that are poison."""
+        none = np.zeros(len(self.train), dtype=np.bool_)
+        return none if self.poisoned is None else self.poisoned.truth.poisoned
+
+    def search(self, settings: ScanSettings) -> Search:
+        """Prepare to search, with the test set for controls."""
+        return Search(settings, self.train, self.directions, self.clean())
+
+    def clean(self) -> CleanInputs:
+        """Take the test set for controls."""
+        return CleanInputs(self.model, self.split.test, seeded(self.seed, "controls"))
+
+
+def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
+    """Do something and note how long it took."""
+    start = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - start
+    return result
+
+
+def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
+    """Plant an attack, train on it, fit factors and store directions."""
+    split, attack, seconds = DATA.load(seeded(seed, "data")), ATTACKS[name], dict[str, float]()
+    poisoned = None
+    if attack is not None:
+        surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
+        poisoned = attack.poison(split, seeded(seed, "attack"), surrogate)
+    train = split.train if poisoned is None else poisoned.train
+    trainer = trainer_of(seed, "suspect", scratch)
+    model = timed(seconds, "train", lambda: trainer.fit(train).model)
+    fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
+    factors = timed(seconds, "factors", fit)
+    kept = DirectionSettings().store()
+    store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
+    directions = StoredDirections(store, store.sketcher(model, factors))
+    return Suspect(name, seed, split, poisoned, train, model, directions, seconds)
+
+
+def trainer_of(seed: int, stream: str, scratch: Path | None) -> Trainer:
+    """Bind the training of all suspects to a stream of randomness."""
+    return make_trainer(ARCHITECTURE, RECIPE, seed=seed, stream=stream, scratch=scratch)
+
+
+def measure(suspect: Suspect) -> dict[str, Any]:
+    """Measure everything about one suspect."""
+    test, train = suspect.split.test, suspect.train
+    predicted = predict(suspect.model, test, label="test")
+    facts: dict[str, Any] = {
+        "attack": suspect.name,
+        "seed": suspect.seed,
+        "accuracy": float((predicted == test.labels).mean()),
+        "planted": int(suspect.planted.sum()),
+        "innocent": innocents(suspect, predicted),
+    }
+    if suspect.poisoned is not None:
+        facts |= investigations(suspect, suspect.poisoned)
+    settings = ScanSettings()
+    judge = independent_of(ARCHITECTURE, RECIPE, settings.epochs, suspect.seed, None)
+    scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
+    rows = timed(suspect.seconds, "scan", lambda: scanner.rows(suspect.seed))
+    scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
+    look = lambda: scanner.inputs(test, predicted, suspect.seed)  # noqa: E731
+    inputs = timed(suspect.seconds, "scan_inputs", look)
+    facts |= {"scan": scanned(rows, suspect), "scan_inputs": scanned(inputs, suspect)}
+    return facts | {
+        "seconds": suspect.seconds | {"epoch": suspect.seconds["train"] / RECIPE.epochs}
+    }
+
+
+def investigations(suspect: Suspect, poisoned: PoisonedSplit) -> dict[str, Any]:
+    """Investigate affected inputs one by one, at several false-discovery rates."""
+    said = predict(suspect.model, poisoned.probe, label="probe")
+    label = poisoned.truth.target_class
+    fooled = np.flatnonzero(said == label)
+    drawn = seeded(suspect.seed, "affected")
+    chosen = fooled[torch.randperm(len(fooled), generator=drawn).numpy()[:AFFECTED]]
+    found: dict[str, Any] = {"psr": float((said == label).mean()), "investigations": {}}
+    for rate in RATES if len(chosen) else ():
+        settings = ScanSettings(false_discovery_rate=rate)
+        search = suspect.search(settings)
+        begun = time.perf_counter()
+        bench = search.bench(label)
+        starts = starts_of(bench.rows, poisoned.probe.images(chosen), label)
+        runs = [investigation(search, label, start, bench, suspect.planted) for start in starts[:1]]
+        suspect.seconds.setdefault("investigation", time.perf_counter() - begun)
+        runs += [
+            investigation(search, label, start, bench, suspect.planted) for start in starts[1:]
+        ]
+        found["investigations"][f"{rate:g}"] = runs
+    return found
+
+
+def investigation(
+    search: Search, label: int, start: NDArray[np.float32], bench: Bench, planted: Mask
+) -> dict[str, Any]:
+    """Investigate one affected input, and compare what was found with the truth."""
+    alarm, flagged = search.settings.alarm, np.zeros(len(start), dtype=np.bool_)
+    expected = np.zeros(3)
+    seen = [*search.sightings(label, start)]
+    for sighting in seen:
+        if sighting.found(alarm):
+            flagged[sighting.among[sighting.finding.flagged]] = True
+            expected += sighting.finding.expected_false
+    of_label = planted[bench.rows.places]
+    false = int((flagged & ~of_label).sum())
+    return {
+        "found": seen[0].found(alarm),
+        "p_value": seen[0].p_value,
+        "p_value_left": seen[-1].p_value if len(seen) > 1 else None,
+        "flagged": int(flagged.sum()),
+        "tpr": float((flagged & of_label).sum() / max(planted.sum(), 1)),
+        "precision": float((flagged & of_label).sum() / flagged.sum()) if flagged.any() else None,
+        "inside": bool(expected[1] <= false <= expected[2]),
+    }
+
+
+def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
+    """Investigate test inputs that nobody attacked; count the alarms.
+
+    Half of them are drawn among all inputs, half among those that the model gets wrong.
+    """
+    test, settings = suspect.split.test, ScanSettings()
+    order = torch.randperm(len(test), generator=seeded(suspect.seed, "innocent")).numpy()
+    wrong = order[predicted[order] != test.labels[order]]
+    chosen = np.unique(np.concatenate([order[: INNOCENT // 2], wrong[: INNOCENT // 2]]))
+    others = np.setdiff1d(np.arange(len(test)), chosen)
+    clean = CleanInputs(suspect.model, test.take(others), seeded(suspect.seed, "controls"))
+    search = Search(settings, suspect.train, suspect.directions, clean)
+    alarms = 0
+    for label in np.unique(predicted[chosen]):
+        own = chosen[predicted[chosen] == label]
+        for start in starts_of(search.bench(int(label)).rows, test.images(own), int(label)):
+            first: Sighting = next(iter(search.sightings(int(label), start)))
+            alarms += first.found(settings.alarm)
+    return {"inputs": len(chosen), "alarms": int(alarms)}
+
+
+def scanned(scan: Scan, suspect: Suspect) -> dict[str, Any]:
+    """Compare what a scan suspects with the truth."""
+    rows = np.zeros(len(suspect.train), dtype=np.bool_)
+    for block in scan.suspected:
+        rows |= block.rows
+    hits = int((rows & suspect.planted).sum())
+    keep = ("label", "coherence", "clean_coherence", "agreement", "usual_agreement", "p_value")
+    blocks = [
+        {name: getattr(block, name) for name in (*keep, "suspected")}
+        | {"rows": int(block.rows.sum()), "planted": int(suspect.planted[block.rows].sum())}
+        for block in scan.blocks
+    ]
+    return {
+        "alarm": bool(scan.suspected),
+        "tpr": hits / suspect.planted.sum() if suspect.planted.any() else None,
+        "precision": hits / int(rows.sum()) if rows.any() else None,
+        "blocks": blocks,
+        "pointed": len({given.id for given in scan.inputs}),
+    }
+
+
+def numbers(text: str) -> list[int]:
+    """Read ``1-3,7`` as numbers."""
+    parts = [part.split("-") for part in text.split(",")]
+    return [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)]
+
+
+@click.command()
+@click.option("--attack", "names", multiple=True, type=click.Choice(tuple(ATTACKS)))
+@click.option("--seeds", default="1-3", show_default=True, help="Such as 1-3,7.")
+@click.option("--work", default=ROOT / "scratch" / "detection", type=click.Path(path_type=Path))
+def main(names: tuple[str, ...], seeds: str, work: Path) -> None:
+    """Measure what has not been measured, and write down all that was."""
+    work.mkdir(parents=True, exist_ok=True)
+    for seed in numbers(seeds):
+        if seed == 0:
+            raise click.UsageError("settings were chosen on seed 0: give others")
+        for name in names:
+            file = work / f"{name}-{seed}.json"
+            if not file.exists():
+                facts = measure(make_suspect(name, seed, work / "scratch" / f"{name}-{seed}"))
+                write_json(file, facts)
+                print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
+    collect(work)
+
+
+def collect(work: Path) -> None:
+    """Gather the files of all models into the results and the page."""
+    known = RESULTS / "detection.json"
+    models = json.loads(known.read_text())["models"] if known.is_file() else {}
+    for file in sorted(work.glob("*-*.json")):
+        models[file.stem] = json.loads(file.read_text()) | {"hardware": hardware()["processor"]}
+    write_json(known, {"command": COMMAND, "versions": versions(), "models": models})
+    fill_page(ROOT / "docs" / "detection.md", models)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DEFENSE_DEVICE", "cpu")
+    main()

@@ -1,0 +1,125 @@
+"""The tables of docs/detection.md, from what `benchmarks.detection` has measured."""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from defense.artifacts import write_text
+
+Models = dict[str, dict[str, Any]]
+
+TITLES = {
+    "clean": "clean",
+    "badnets_1": "BadNet 1 %",
+    "badnets_025": "BadNet 0.25 %",
+    "badnets_01": "BadNet 0.1 %",
+    "badnets_all": "BadNet 1 %, every class to one",
+    "smooth_1": "smooth 1 %",
+    "smooth_025": "smooth 0.25 %",
+    "blended_1": "Blended 1 %",
+    "blended_025": "Blended 0.25 %",
+}
+NONE = "–"
+
+
+def spread(values: Iterable[float | None], scale: float = 100.0) -> str:
+    """Write mean ± standard deviation (number), of what was measured."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return NONE
+    more = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.1f}{more} ({len(known)})"
+
+
+def of(models: Models, attack: str) -> list[dict[str, Any]]:
+    """Pick the models of an attack, by seed."""
+    found = [model for model in models.values() if model["attack"] == attack]
+    return sorted(found, key=lambda model: model["seed"])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> list[list[str]]:
+    """Write a row for every attack that was measured."""
+    measured = ((title, of(models, attack)) for attack, title in TITLES.items())
+    return [[title, *row(found)] for title, found in measured if found]
+
+
+def investigated(found: list[dict[str, Any]]) -> list[str]:
+    """One affected input at a time, at the default false-discovery rate."""
+    runs = [run for model in found for run in model.get("investigations", {}).get("0.02", [])]
+    return [
+        spread(model.get("psr") for model in found),
+        f"{sum(run['found'] for run in runs)} of {len(runs)}" if runs else NONE,
+        spread(run["tpr"] for run in runs),
+        spread(run["precision"] for run in runs),
+        f"{sum(m['innocent']['alarms'] for m in found)} of "
+        f"{sum(m['innocent']['inputs'] for m in found)}",
+    ]
+
+
+def controlled(found: list[dict[str, Any]]) -> list[str]:
+    """Share of false flags at three promised rates, and how often the interval holds it."""
+    cells = []
+    for rate in ("0.02", "0.05", "0.1"):
+        runs = [run for model in found for run in model.get("investigations", {}).get(rate, [])]
+        known = [run for run in runs if run["precision"] is not None]
+        inside = f"{sum(run['inside'] for run in known)} of {len(known)}" if known else NONE
+        cells += [spread(1 - run["precision"] for run in known), inside]
+    return cells
+
+
+def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
+    """Alarms of a scan, and what it finds."""
+
+    def row(found: list[dict[str, Any]]) -> list[str]:
+        parts = [model[kind] for model in found]
+        share = (model["seconds"][kind] / model["seconds"]["epoch"] for model in found)
+        whole = (
+            sum(model["seconds"][part] for part in ("factors", "directions", kind))
+            / model["seconds"]["epoch"]
+            for model in found
+        )
+        return [
+            f"{sum(part['alarm'] for part in parts)} of {len(parts)}",
+            spread(part["tpr"] for part in parts),
+            spread(part["precision"] for part in parts),
+            spread((sum(not b["suspected"] for b in part["blocks"]) for part in parts), 1.0),
+            spread(share, 1.0),
+            spread(whole, 1.0),
+        ]
+
+    return row
+
+
+def page(models: Models) -> str:
+    """Write all tables."""
+    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks",
+                 "epochs", "with factors and directions"]  # fmt: skip
+    one = ["attack", "PSR", "found", "recall", "precision", "alarms on innocent inputs"]
+    rates = [f"{what} at {rate} %" for rate in (2, 5, 10) for what in ("false flags", "inside")]
+    parts = (
+        ("One affected input", table(one, each(models, investigated))),
+        ("False discoveries", table(["attack", *rates], each(models, controlled))),
+        ("Scan of the training set alone", table(scan_head, each(models, scans("scan")))),
+        ("Scan from untriggered inputs", table(scan_head, each(models, scans("scan_inputs")))),
+    )
+    return "\n".join(f"### {title}\n\n{text}" for title, text in parts)
+
+
+def fill_page(path: Path, models: Models) -> None:
+    """Replace what lies between the two markers of the page."""
+    old = path.read_text(encoding="utf-8")
+    new = re.sub(
+        r"(<!-- tables -->\n).*(<!-- end of tables -->)",
+        lambda found: f"{found[1]}\n{page(models)}\n{found[2]}",
+        old,
+        flags=re.DOTALL,
+    )
+    write_text(path, new)

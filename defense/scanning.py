@@ -1,0 +1,205 @@
+"""Opens what a scan looks at, and writes what it found."""
+
+import csv
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from pydantic import TypeAdapter
+from torch import nn
+
+from defense.artifacts import (
+    cell,
+    read_manifest,
+    require_input,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from defense.compute import seeded
+from defense.datasets.folder import read_images
+from defense.detectors.search import CleanInputs
+from defense.errors import DefenseError
+from defense.evidence import Scan
+from defense.influence.directions import StoredDirections
+from defense.influence.store import load_store
+from defense.models import AnyArchitecture
+from defense.models.assemble import build_model
+from defense.pictures import block_title, sheets
+from defense.prediction import predict
+from defense.recipe import Recipe
+from defense.records import ImageSet
+from defense.scan import Scanner, ScanSettings, independent_of
+from defense.storage import load_factors, load_images, load_weights, save_images, save_scan
+
+ROLES = ("poisoned_train", "test", "suspect", "factors", "directions")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be scanned, its training set, and what they were read from.
+
+    Attributes:
+        model: The model.
+        train: Its training set.
+        scanner: Ready to scan.
+        seed: The run's seed.
+        origin: Digest of every artefact, by role.
+    """
+
+    model: nn.Module
+    train: ImageSet
+    scanner: Scanner
+    seed: int
+    origin: dict[str, str]
+
+
+def open_subject(
+    place: Callable[[str], Path],
+    architecture: AnyArchitecture,
+    recipe: Recipe,
+    settings: ScanSettings,
+    seed: int,
+    scratch: Path | None,
+) -> Subject:
+    """Open a model with its training set, test set, factors and directions.
+
+    Args:
+        place: Where the artefact of a role lies.
+        architecture: Of the model.
+        recipe: It was trained with.
+        settings: How blocks are sought.
+        seed: The run's seed.
+        scratch: Folder for checkpoints of the independent training.
+
+    Raises:
+        ArtifactError: One is missing, damaged, or of another run.
+    """
+    train, of_train = load_images(place("poisoned_train"))
+    test, of_test = load_images(place("test"))
+    placeholder = seeded(seed, "placeholder")  # its weights are replaced at once
+    model = build_model(architecture, train.shape, train.num_classes, placeholder)
+    of_model = load_weights(place("suspect"), model)
+    factors, of_factors = load_factors(place("factors"))
+    of_directions = read_manifest(place("directions"))
+    found = of_train, of_test, of_model, of_factors, of_directions
+    origin = {role: manifest.digest for role, manifest in zip(ROLES, found, strict=True)}
+    for role in ("poisoned_train", "suspect", "factors"):
+        require_input(of_directions, role, origin[role], owner=place("directions"))
+    store = load_store(place("directions"))
+    directions = StoredDirections(store, store.sketcher(model, factors))
+    clean = CleanInputs(model, test, seeded(seed, "scan"))
+    independent = independent_of(architecture, recipe, settings.epochs, seed, scratch)
+    scanner = Scanner(settings, train, directions, clean, independent)
+    return Subject(model, train, scanner, seed, origin)
+
+
+def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[str]]:
+    """Scan the model in a pipeline's folder and write what was found.
+
+    Args:
+        home: The folder that holds params.yaml and artifacts.
+        inputs: A folder of images that point to blocks; None scans the training set alone.
+        out: The folder to write to.
+
+    Returns:
+        What was found, and a line for every block.
+
+    Raises:
+        DefenseError: Sections of params.yaml are not valid, or an artefact is missing.
+    """
+    sections = read_sections(home / "params.yaml")
+    scratch = out / "scratch"
+    subject = open_subject(lambda role: home / "artifacts" / role, *sections, scratch)
+    if inputs is None:
+        scan = subject.scanner.rows(subject.seed)
+    else:
+        sealed = (inputs / "manifest.json").is_file()
+        images = load_images(inputs)[0] if sealed else read_images(inputs, subject.train.shape)
+        predicted = predict(subject.model, images, label="inputs")
+        scan = subject.scanner.inputs(images, predicted, subject.seed)
+        hand_over(scan, images, predicted, subject, out)
+    save_scan(out / "scan", scan, inputs=subject.origin)
+    publish(scan, subject.train, out)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return scan, [block_title(block, subject.train) for block in scan.blocks]
+
+
+def read_sections(path: Path) -> tuple[AnyArchitecture, Recipe, ScanSettings, int]:
+    """Read from a params file what a scan needs of it.
+
+    Raises:
+        DefenseError: The file or a section is missing or not valid.
+    """
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return (
+            TypeAdapter[AnyArchitecture](AnyArchitecture).validate_python(params["model"]),
+            Recipe.model_validate(params["train"]),
+            ScanSettings.model_validate(params.get("scan", {})),
+            int(params["seed"]),
+        )
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DefenseError(
+            f"expected the sections seed, model, train and scan in {path}, got: {reason}"
+        ) from error
+
+
+def hand_over(
+    scan: Scan, images: ImageSet, predicted: np.ndarray, subject: Subject, out: Path
+) -> None:
+    """Write the inputs of the strongest suspected block as the affected inputs of an incident."""
+    best = next((n for n, block in enumerate(scan.blocks) if block.suspected), None)
+    names = [given.id for given in scan.inputs if given.block == best]
+    if best is None or not names:
+        return
+    places = [int(np.flatnonzero(images.ids == name)[0]) for name in names]
+    chosen = images.take(np.array(places))
+    labels = predicted[places]
+    affected = ImageSet(chosen.pixels, labels, chosen.ids, subject.train.class_names, chosen.rows)
+    save_images(out / "affected", affected, inputs={"suspect": subject.origin["suspect"]})
+
+
+def publish(scan: Scan, train: ImageSet, out: Path) -> None:
+    """Write what people read: a summary, the rows of every block, and pictures of them."""
+    write_json(out / "scan.json", {"verdict": scan.verdict, "blocks": summaries(scan, train)})
+    write_text(out / "blocks.csv", blocks_csv(scan, train))
+    for name, png in sheets(scan, train).items():
+        write_bytes(out / name, png)
+
+
+def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
+    """Sum up every block, with the inputs that point to it."""
+    return [
+        {
+            "label": train.class_names[block.label],
+            "num_rows": int(block.rows.sum()),
+            "coherence": block.coherence,
+            "clean_coherence": block.clean_coherence,
+            "expected_false": block.expected_false,
+            "agreement": block.agreement,
+            "usual_agreement": block.usual_agreement,
+            "said": train.class_names[block.said],
+            "p_value": block.p_value,
+            "suspected": block.suspected,
+            "inputs": {given.id: given.p_value for given in scan.inputs if given.block == number},
+        }
+        for number, block in enumerate(scan.blocks)
+    ]
+
+
+def blocks_csv(scan: Scan, train: ImageSet) -> str:
+    """List the rows of every block as CSV."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["block", "suspected", "row", "id", "label"])
+    for number, block in enumerate(scan.blocks):
+        for row in np.flatnonzero(block.rows):
+            label = train.class_names[block.label]
+            table.writerow([number, block.suspected, row, cell(train.ids[row]), cell(label)])
+    return text.getvalue()
