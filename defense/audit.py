@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from defense.artifacts import Manifest, cell
-from defense.evidence import Scan
+from defense.evidence import LabelDoubts, Scan
 from defense.method import Method
 from defense.metrics import detection_quality, model_quality, rate
 from defense.prediction import predict
@@ -54,6 +54,7 @@ class Exhibits:
         before: The suspect model.
         after: The remediated model.
         scan: What a scan of all rows found, if there was one.
+        doubts: What speaks against the labels, by the same scan.
     """
 
     train: ImageSet
@@ -66,6 +67,7 @@ class Exhibits:
     before: nn.Module
     after: nn.Module
     scan: Scan | None = None
+    doubts: LabelDoubts | None = None
 
 
 def evidence(manifests: Mapping[str, tuple[Path, Manifest]]) -> dict[str, Evidence]:
@@ -188,6 +190,17 @@ def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:
         )
         for block in scan.blocks
     ]
+
+
+def labels_csv(train: ImageSet, doubts: LabelDoubts) -> str:
+    """List the hundredth of the rows, ten or more, whose labels are doubted most, as CSV."""
+    text, names = io.StringIO(), train.class_names
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["row", "id", "label", "suggested", "doubt"])
+    for row in doubts.doubtful(max(10, len(train) // 100)):
+        labels = cell(names[train.labels[row]]), cell(names[doubts.suggested[row]])
+        table.writerow([row, cell(train.ids[row]), *labels, f"{doubts.doubt[row]:.6g}"])
+    return text.getvalue()
 
 
 def flags_csv(train: ImageSet, flags: Flags) -> str:

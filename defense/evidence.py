@@ -13,7 +13,14 @@ class Directions(Protocol):
 
     A direction is the gradient of a row's margin in the metric of the damped inverse curvature,
     divided by its norm. Its cosine with another one is influence, normalised on both sides.
+
+    Attributes:
+        self_influence: float32 ``[n]``; the squared norms that were divided by.
     """
+
+    @property
+    def self_influence(self) -> NDArray[np.float32]:
+        """See the class."""
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """Keep some rows, in the order given, in main memory."""
@@ -138,3 +145,20 @@ class Scan:
     def verdict(self) -> str:
         """``poison suspected`` if any block is, else ``nothing suspected``."""
         return "poison suspected" if self.suspected else "nothing suspected"
+
+
+@dataclass(frozen=True)
+class LabelDoubts:
+    """How much speaks against the label of every row.
+
+    Attributes:
+        doubt: float32 ``[n]``; a mean rank in (0, 1], higher is worse.
+        suggested: int64 ``[n]``; the label whose rows oppose it most.
+    """
+
+    doubt: NDArray[np.float32]
+    suggested: NDArray[np.int64]
+
+    def doubtful(self, count: int) -> NDArray[np.int64]:
+        """Return the rows that are doubted most, the worst first."""
+        return np.argsort(-self.doubt, kind="stable")[:count]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve
 
-from defense.evidence import FoundBlock, Scan
+from defense.evidence import FoundBlock, LabelDoubts, Scan
 from defense.metrics import ranking
 from defense.records import Flags, ImageSet, Truth
 from defense.report import AuditReport, Rate
@@ -40,6 +40,16 @@ def sheets(scan: Scan, train: ImageSet) -> dict[str, bytes]:
         )
         for number, block in enumerate(scan.blocks)
     }
+
+
+def doubtful(doubts: LabelDoubts, train: ImageSet) -> bytes:
+    """Show the rows whose labels are doubted most."""
+    rows, names = doubts.doubtful(SHOWN), train.class_names
+    figure, axes = _grid(len(rows), "Rows whose label others contradict: label / suggested")
+    for place, row in enumerate(rows):
+        title = f"{names[train.labels[row]]} / {names[doubts.suggested[row]]}"
+        _show(axes[place], train.uint8(slice(row, row + 1))[0], title)
+    return _png(figure)
 
 
 def block_title(block: FoundBlock, train: ImageSet) -> str:

@@ -20,6 +20,7 @@ from defense.artifacts import (
     write_json,
     write_text,
 )
+from defense.audit import labels_csv
 from defense.compute import seeded
 from defense.datasets.folder import read_images
 from defense.detectors.search import CleanInputs
@@ -27,6 +28,7 @@ from defense.errors import DefenseError
 from defense.evidence import Scan
 from defense.influence.directions import StoredDirections
 from defense.influence.store import load_store
+from defense.labels import doubt_labels
 from defense.models import AnyArchitecture
 from defense.models.assemble import build_model
 from defense.pictures import block_title, sheets
@@ -46,6 +48,7 @@ class Subject:
     Attributes:
         model: The model.
         train: Its training set.
+        directions: Directions of its rows.
         scanner: Ready to scan.
         seed: The run's seed.
         origin: Digest of every artefact, by role.
@@ -53,6 +56,7 @@ class Subject:
 
     model: nn.Module
     train: ImageSet
+    directions: StoredDirections
     scanner: Scanner
     seed: int
     origin: dict[str, str]
@@ -95,7 +99,7 @@ def open_subject(
     clean = CleanInputs(model, test, seeded(seed, "scan"))
     independent = independent_of(architecture, recipe, settings.epochs, seed, scratch)
     scanner = Scanner(settings, train, directions, clean, independent)
-    return Subject(model, train, scanner, seed, origin)
+    return Subject(model, train, directions, scanner, seed, origin)
 
 
 def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[str]]:
@@ -117,6 +121,8 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
     subject = open_subject(lambda role: home / "artifacts" / role, *sections, scratch)
     if inputs is None:
         scan = subject.scanner.rows(subject.seed)
+        doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
+        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     else:
         sealed = (inputs / "manifest.json").is_file()
         images = load_images(inputs)[0] if sealed else read_images(inputs, subject.train.shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
 from defense.errors import ArtifactError
-from defense.evidence import FoundBlock, Incident, PointedInput, Scan
+from defense.evidence import FoundBlock, Incident, LabelDoubts, PointedInput, Scan
 from defense.records import (
     Coverage,
     Factors,
@@ -256,3 +256,16 @@ def load_scan(path: Path) -> tuple[Scan, Manifest]:
     )
     given = tuple(PointedInput(**facts) for facts in manifest.fact("inputs"))
     return Scan(blocks, given, manifest.fact("alarm")), manifest
+
+
+def save_doubts(path: Path, doubts: LabelDoubts, *, inputs: Inputs) -> str:
+    """Save what speaks against the labels; returns the artefact's digest."""
+    files = {f"{name}.npy": array(values) for name, values in vars(doubts).items()}
+    return write_artifact(path, "doubts", files, meta={}, inputs=inputs)
+
+
+def load_doubts(path: Path) -> tuple[LabelDoubts, Manifest]:
+    """Load what speaks against the labels."""
+    manifest = open_artifact(path, "doubts")
+    arrays = (read_array(path / f"{name}.npy") for name in ("doubt", "suggested"))
+    return LabelDoubts(*arrays), manifest

@@ -91,6 +91,11 @@ class Paths:
         return self.attack / "artifacts/scan"
 
     @property
+    def doubts(self) -> Path:
+        """Artefact of the scan stage."""
+        return self.attack / "artifacts/doubts"
+
+    @property
     def scores(self) -> Path:
         """Artefact of the influence stage."""
         return self.attack / "artifacts/scores"

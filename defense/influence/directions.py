@@ -19,6 +19,11 @@ class StoredDirections:
     store: RowStore
     sketcher: Sketcher
 
+    @property
+    def self_influence(self) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions`."""
+        return self.store.self_influence
+
     def take(self, rows: NDArray[np.int64]) -> "StoredDirections":
         """See `defense.evidence.Directions.take`."""
         store = replace(

@@ -12,14 +12,15 @@ from defense.artifacts import (
     write_json,
     write_text,
 )
-from defense.audit import Exhibits, audit, evidence, flags_csv
+from defense.audit import Exhibits, audit, evidence, flags_csv, labels_csv
 from defense.compute import seeded
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.html import render
-from defense.pictures import draw, sheets
+from defense.pictures import doubtful, draw, sheets
 from defense.records import Case, Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import (
+    load_doubts,
     load_factors,
     load_flags,
     load_images,
@@ -95,12 +96,16 @@ def collect(params: Params, paths: Paths, shelf: Shelf) -> tuple[Exhibits, Facto
     factors = shelf.take(paths.factors, load_factors)
     scores = shelf.take(paths.scores, load_scores)
     shelf.note(paths.directions, open_artifact(paths.directions, "row_store"))
-    scan = shelf.take(paths.scan, load_scan) if paths.scan.is_dir() else None
+    scanned = paths.scan.is_dir()
+    scan = shelf.take(paths.scan, load_scan) if scanned else None
+    doubts = shelf.take(paths.doubts, load_doubts) if scanned else None
     flags = shelf.take(paths.flags, load_flags)
     after = shelf.take(paths.remediated, lambda path: load_model(path, params, train))
     case = Case(blinded(train), before, *scores)
     published = published_rule(params).detect(case, seeded(params.seed, "published"))
-    exhibits = Exhibits(train, test, probe, truth, affected, flags, published, before, after, scan)
+    exhibits = Exhibits(
+        train, test, probe, truth, affected, flags, published, before, after, scan, doubts
+    )
     return exhibits, factors
 
 
@@ -114,6 +119,9 @@ def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:
     train = exhibits.train
     pictures = draw(report, train, exhibits.affected, exhibits.flags, exhibits.truth)
     pictures |= {} if exhibits.scan is None else sheets(exhibits.scan, train)
+    if exhibits.doubts is not None:
+        pictures["doubtful.png"] = doubtful(exhibits.doubts, train)
+        write_text(paths.reports / "labels.csv", labels_csv(train, exhibits.doubts))
     for name, png in pictures.items():
         write_bytes(paths.plots / name, png)
     write_json(paths.reports / "audit.json", report.model_dump(mode="json"))

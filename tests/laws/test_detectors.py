@@ -72,6 +72,10 @@ class Vectors:
     vectors: np.ndarray
     known: dict[bytes, np.ndarray]
 
+    @property
+    def self_influence(self) -> np.ndarray:
+        return np.ones(len(self.vectors), dtype=np.float32)
+
     def take(self, rows: np.ndarray) -> "Vectors":
         return Vectors(self.vectors[rows], self.known)
 

@@ -62,6 +62,9 @@ def test_a_scan_finds_the_poison_without_an_incident(clone: Path, tmp_path: Path
     listed = (tmp_path / "blocks.csv").read_text().splitlines()[1:]
     assert sum(line.split(",")[1] == "True" for line in listed) == suspected["num_rows"]
     assert not (tmp_path / "scratch").exists()
+    doubted = (tmp_path / "labels.csv").read_text()
+    assert doubted == (clone / "reports" / "labels.csv").read_text()
+    assert len(doubted.splitlines()) == 11
 
 
 def test_a_scan_hands_inputs_over_to_an_investigation(clone: Path, tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
     declared = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]["audit"]["plots"]
     assert list(declared[0]) == ["reports/plots"]
     pictures = sorted((clone / "reports" / "plots").glob("*.png"))
-    assert len(pictures) == 6 + len(load(clone / "reports" / "audit.json")["blocks"])
+    assert len(pictures) == 7 + len(load(clone / "reports" / "audit.json")["blocks"])
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.width > 300
@@ -109,7 +112,7 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
 def test_report_opens_offline(clone: Path) -> None:
     text = (clone / "reports" / "report.html").read_text()
     blocks = load(clone / "reports" / "audit.json")["blocks"]
-    assert text.count("data:image/png;base64,") == 6 + len(blocks)
+    assert text.count("data:image/png;base64,") == 7 + len(blocks)
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "<script" not in text
     for evidence in load(clone / "reports" / "audit.json")["artifacts"].values():
@@ -118,7 +121,17 @@ def test_report_opens_offline(clone: Path) -> None:
 
 def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     """The promise of a lineage: the same inputs give the same digest."""
-    outs = ("suspect", "affected", "factors", "directions", "scan", "scores", "flags", "remediated")
+    outs = (
+        "suspect",
+        "affected",
+        "factors",
+        "directions",
+        "scan",
+        "doubts",
+        "scores",
+        "flags",
+        "remediated",
+    )
     folders = [home / "artifacts" / name for name in outs]
     folders.append(home / "reports")
     before = [file_bytes(folder) for folder in folders]

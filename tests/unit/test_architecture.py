@@ -31,6 +31,7 @@ FLOORS = (
         "defense.models",
         "defense.unlearning",
         "defense.html",
+        "defense.labels",
         "defense.pictures",
         "defense.audit",
         "defense.tracking",
