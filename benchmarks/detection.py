@@ -139,7 +139,7 @@ def measure(suspect: Suspect) -> dict[str, Any]:
     if suspect.poisoned is not None:
         facts |= investigations(suspect, suspect.poisoned)
     settings = ScanSettings()
-    judge = independent_of(ARCHITECTURE, RECIPE, settings.epochs, suspect.seed, None)
+    judge = independent_of(ARCHITECTURE, RECIPE, suspect.seed, None)
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
     rows = timed(suspect.seconds, "scan", lambda: scanner.rows(suspect.seed))
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)

@@ -28,7 +28,7 @@ from defense.records import ImageSet, Mask, mask_of
 from defense.victim import make_trainer
 
 Predictor = Callable[[ImageSet], NDArray[np.int64]]
-Independent = Callable[[ImageSet], Predictor]  # trains on some rows
+Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for some epochs
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
 TRIES = 10  # places looked at per attempt, as long as they lead to a known block
@@ -43,6 +43,7 @@ class ScanSettings(Coherence):
         candidates: Rows of a class, at random, that may be such a place.
         smallest: Rows of a block at least; fewer are not judged.
         epochs: That the independent model is trained for.
+        max_epochs: The same, if it knows too little.
         max_rows: Rows that it is trained on, at random; null for all that are left.
         held_out: Rows per class that it never sees, for comparison with those of a block.
     """
@@ -51,6 +52,7 @@ class ScanSettings(Coherence):
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(8, gt=1)
     epochs: int = Field(1, gt=0)
+    max_epochs: int = Field(16, gt=0)
     max_rows: int | None = Field(10_000, gt=0)
     held_out: int = Field(100, gt=9)
 
@@ -90,7 +92,7 @@ class Scanner:
             train: The training set.
             directions: Directions of its rows.
             clean: Inputs for controls.
-            independent: Trains a model on some rows; returns what it predicts for others.
+            independent: Trains a model on some rows for some epochs; returns its predictions.
         """
         self.settings, self.train = settings, train
         self.search, self.independent = Search(settings, train, directions, clean), independent
@@ -181,7 +183,10 @@ class Scanner:
         return adjusted
 
     def _judged(self, blocks: list[Suspicion], seed: int) -> tuple[FoundBlock, ...]:
-        """Ask a model that never saw the rows of any block, nor some others of their classes."""
+        """Ask a model that never saw the rows of any block, nor some others of their classes.
+
+        If it knows too little of these others, it is trained anew for four times as long.
+        """
         if not blocks:
             return ()
         labels, rng = self.train.labels, np.random.default_rng(seed)
@@ -190,12 +195,27 @@ class Scanner:
         for label in sorted({block.label for block in blocks}):
             others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
             held[others[: self.settings.held_out]] = True
-        said = np.full(len(labels), -1, dtype=np.int64)
+        judged = np.unique(labels[held])
         seen = rng.permutation(np.flatnonzero(~(suspect | held)))[: self.settings.max_rows]
-        predictor = self.independent(self.train.take(np.sort(seen)))
-        said[suspect | held] = predictor(self.train.where(suspect | held))
+        rows, epochs = self.train.take(np.sort(seen)), self.settings.epochs
+        while True:
+            said = np.full(len(labels), -1, dtype=np.int64)
+            said[suspect | held] = self.independent(rows, epochs)(self.train.where(suspect | held))
+            known = [(said == label)[held & (labels == label)].mean() for label in judged]
+            if min(known, default=1.0) >= self.competent or epochs >= self.settings.max_epochs:
+                break
+            epochs = min(4 * epochs, self.settings.max_epochs)
         alarm = self.settings.alarm / len(blocks)
         return tuple(self._judge(block, said, held, alarm) for block in blocks)
+
+    @property
+    def competent(self) -> float:
+        """Share of a class's rows that the independent model has to know.
+
+        It is twice that of chance, or half-way between chance and all if that is less.
+        """
+        chance = 1 / self.train.num_classes
+        return min(2 * chance, (1 + chance) / 2)
 
     def _mask(self, block: Suspicion) -> Mask:
         return mask_of(block.rows, len(self.train))
@@ -222,26 +242,27 @@ class Scanner:
             int(votes.argmax()),
             float(votes.max() / len(own)),
             p_value,
-            p_value <= alarm and agreement <= CONTRADICTED * base,
+            (p_value <= alarm and agreement <= CONTRADICTED * base) or base < self.competent,
         )
 
 
 def independent_of(
-    architecture: Architecture, recipe: Recipe, epochs: int, seed: int, scratch: Path | None
+    architecture: Architecture, recipe: Recipe, seed: int, scratch: Path | None
 ) -> Independent:
     """Prepare to train models like the suspect one, but shortly, on some rows.
 
     Args:
         architecture: Of the suspect model.
         recipe: It was trained with.
-        epochs: Instead of the recipe's.
         seed: The run's seed.
         scratch: Folder for checkpoints of an unfinished training.
     """
-    short = recipe.model_copy(update={"epochs": epochs})
-    trainer = make_trainer(architecture, short, seed=seed, stream="independent", scratch=scratch)
 
-    def fitted(rows: ImageSet) -> Predictor:
+    def fitted(rows: ImageSet, epochs: int) -> Predictor:
+        short = recipe.model_copy(update={"epochs": epochs})
+        trainer = make_trainer(
+            architecture, short, seed=seed, stream="independent", scratch=scratch
+        )
         model = trainer.fit(rows).model
         return lambda images: predict(model, images, label="independent")
 

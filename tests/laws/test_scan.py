@@ -27,6 +27,7 @@ def scanner_of(
     planted: np.ndarray = BLOCK,
     known: dict[bytes, np.ndarray] | None = None,
     skill: float = 0.7,
+    learns_in: int = 1,
     **options: float,
 ) -> Scanner:
     """A scanner whose independent model knows a share of labels, and gives planted rows a 3."""
@@ -35,10 +36,13 @@ def scanner_of(
     said = np.where(np.random.default_rng(2).random(SIZE) < skill, LABELS, (LABELS + 1) % 4)
     said[planted] = 3
     answers = dict(zip(train.ids.tolist(), said.tolist(), strict=True))
-    seen = list[str]()
+    seen, trained = list[str](), list[int]()
 
-    def independent(rows: ImageSet) -> Callable[[ImageSet], np.ndarray]:
+    def independent(rows: ImageSet, epochs: int) -> Callable[[ImageSet], np.ndarray]:
         seen.extend(rows.ids.tolist())
+        trained.append(epochs)
+        if epochs < learns_in:
+            return lambda images: np.zeros(len(images), dtype=np.int64)
         return lambda images: np.array([answers[name] for name in images.ids])
 
     model = Flat(train, np.zeros(SIZE, bool)).eval()
@@ -46,7 +50,7 @@ def scanner_of(
     scanner = Scanner(
         ScanSettings(**options), train, Vectors(vectors, known or {}), clean, independent
     )
-    scanner.seen = seen
+    scanner.seen, scanner.trained = seen, trained
     return scanner
 
 
@@ -78,6 +82,21 @@ def test_the_independent_model_never_sees_a_block_nor_what_it_is_compared_with()
     assert set(scanner.train.ids[block.rows].tolist()) <= unseen
     assert len(unseen) == block.rows.sum() + block.num_held_out
     assert block.num_held_out == scanner.settings.held_out
+
+
+def test_an_independent_model_that_knows_too_little_is_trained_for_longer() -> None:
+    scanner = scanner_of(vectors_with(OTHER), planted=OTHER[:0], learns_in=4)
+    (block,) = scanner.rows(seed=0).blocks
+    assert not block.suspected
+    assert scanner.trained == [1, 4]
+
+
+def test_a_block_that_nobody_can_vouch_for_is_suspected() -> None:
+    scanner = scanner_of(vectors_with(OTHER), planted=OTHER[:0], learns_in=100)
+    (block,) = scanner.rows(seed=0).blocks
+    assert block.suspected
+    assert block.usual_agreement == 0
+    assert scanner.trained == [1, 4, 16]
 
 
 def test_without_blocks_nothing_is_trained_and_nothing_suspected() -> None:
