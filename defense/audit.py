@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from defense.artifacts import Manifest, cell
-from defense.evidence import LabelDoubts, Scan
+from defense.evidence import Confirmation, LabelDoubts, Scan
 from defense.method import Method
 from defense.metrics import detection_quality, model_quality, rate
 from defense.prediction import predict
@@ -21,6 +21,8 @@ from defense.report import (
     Affected,
     AuditReport,
     BlockQuality,
+    ConfirmationCurve,
+    CurvePoint,
     Evidence,
     IncidentQuality,
     ModelQuality,
@@ -55,6 +57,7 @@ class Exhibits:
         after: The remediated model.
         scan: What a scan of all rows found, if there was one.
         doubts: What speaks against the labels, by the same scan.
+        confirmation: What unlearning the flagged rows did to the wrong predictions.
     """
 
     train: ImageSet
@@ -68,6 +71,7 @@ class Exhibits:
     after: nn.Module
     scan: Scan | None = None
     doubts: LabelDoubts | None = None
+    confirmation: Confirmation | None = None
 
 
 def evidence(manifests: Mapping[str, tuple[Path, Manifest]]) -> dict[str, Evidence]:
@@ -136,6 +140,7 @@ def audit(
         success=is_success(before, after, settings),
         psr_bound=settings.psr_bound,
         accuracy_drop_bound=settings.accuracy_drop_bound,
+        confirmation=None if exhibits.confirmation is None else _curve(exhibits.confirmation),
         blocks=None if exhibits.scan is None else _blocks(exhibits, exhibits.scan),
         artifacts=artifacts,
     )
@@ -170,6 +175,14 @@ def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
         )
         for incident in exhibits.flags.incidents
     ]
+
+
+def _curve(confirmation: Confirmation) -> ConfirmationCurve:
+    points = [
+        CurvePoint(rows=rows, flagged=flagged, others=others)
+        for rows, flagged, others in confirmation.points
+    ]
+    return ConfirmationCurve(before=confirmation.before, points=points, cut=confirmation.cut)
 
 
 def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:

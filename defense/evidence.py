@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+DEAD = 0.5  # mean probability below which the wrong predictions are dead
+
 
 class Directions(Protocol):
     """Directions of training rows, to be compared with each other and with inputs.
@@ -162,3 +164,25 @@ class LabelDoubts:
     def doubtful(self, count: int) -> NDArray[np.int64]:
         """Return the rows that are doubted most, the worst first."""
         return np.argsort(-self.doubt, kind="stable")[:count]
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What unlearning flagged rows does to the wrong predictions, without any truth.
+
+    Attributes:
+        before: Mean probability that the suspect model gives the affected inputs' labels.
+        points: Number of rows; that probability once so many of the most suspicious rows are
+            unlearnt; the same for as many unflagged rows with those labels, None if there are
+            fewer. By number of rows.
+    """
+
+    before: float
+    points: tuple[tuple[int, float, float | None], ...]
+
+    @property
+    def cut(self) -> int | None:
+        """Fewest rows from which on the wrong predictions are dead; None if they survive."""
+        alive = [rows for rows, flagged, _ in self.points if flagged >= DEAD]
+        later = [rows for rows, _, _ in self.points if rows > max(alive, default=0)]
+        return min(later, default=None)

@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_curve
 from defense.evidence import FoundBlock, LabelDoubts, Scan
 from defense.metrics import ranking
 from defense.records import Flags, ImageSet, Truth
-from defense.report import AuditReport, Rate
+from defense.report import AuditReport, ConfirmationCurve, Rate
 
 SHOWN = 10  # images per grid
 BAD, GOOD, NEUTRAL = "#b3261e", "#1b6e3c", "#5f6b7a"
@@ -22,7 +22,9 @@ def draw(
     report: AuditReport, train: ImageSet, affected: ImageSet, flags: Flags, truth: Truth
 ) -> dict[str, bytes]:
     """Draw every picture of a report: file name to PNG bytes."""
-    return {
+    curve = report.confirmation
+    tried = curve is not None and curve.points
+    return ({"confirmation.png": _confirmation(curve)} if curve and tried else {}) | {
         "affected.png": _affected(affected, report),
         "most_suspicious.png": _rows(train, flags, truth, suspicious=True),
         "clean_contrast.png": _rows(train, flags, truth, suspicious=False),
@@ -70,6 +72,20 @@ def _contact_sheet(train: ImageSet, rows: NDArray[np.int64], caption: str) -> by
     for place, row in enumerate(shown):
         title = f"row {row}: {train.class_names[train.labels[row]]}"
         _show(axes[place], train.uint8(slice(row, row + 1))[0], title)
+    return _png(figure)
+
+
+def _confirmation(curve: ConfirmationCurve) -> bytes:
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(curve.before, color="black", lw=0.8, ls=":", label="before")
+    for name, colour, label in (("flagged", GOOD, "flagged"), ("others", NEUTRAL, "unflagged")):
+        known = [(point.rows, getattr(point, name)) for point in curve.points]
+        shown = [pair for pair in known if pair[1] is not None]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=f"{label} rows unlearnt")
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="rows", ylabel="probability of wrong label")
+    axes.legend(fontsize=8)
     return _png(figure)
 
 

@@ -148,6 +148,34 @@ class BlockQuality(Part):
         return self.suspected and (self.removed.value or 0.0) < REMOVED
 
 
+class CurvePoint(Part):
+    """Mean probability of the wrong labels once some rows are unlearnt.
+
+    Attributes:
+        rows: How many.
+        flagged: If they are the most suspicious ones.
+        others: If they are unflagged ones with the same labels; None if there are too few.
+    """
+
+    rows: int
+    flagged: float
+    others: float | None
+
+
+class ConfirmationCurve(Part):
+    """Whether the wrong predictions die with the flagged rows, and only with them.
+
+    Attributes:
+        before: Mean probability of the wrong labels.
+        points: By number of rows.
+        cut: Fewest rows from which on the wrong predictions are dead; None if they survive.
+    """
+
+    before: float
+    points: list[CurvePoint]
+    cut: int | None
+
+
 class Affected(Part):
     """An affected input: its id, the label the suspect model gave, its true class."""
 
@@ -187,6 +215,7 @@ class AuditReport(Part):
         success: PSR after below `psr_bound` and accuracy drop within `accuracy_drop_bound`.
         psr_bound: Bound that PSR must stay below.
         accuracy_drop_bound: Largest accepted drop of clean accuracy.
+        confirmation: What unlearning flagged rows does to the wrong predictions, if that was tried.
         blocks: What a scan of all rows found; None without a scan.
         artifacts: Digest of every artefact, by name.
     """
@@ -208,6 +237,7 @@ class AuditReport(Part):
     success: bool
     psr_bound: float
     accuracy_drop_bound: float
+    confirmation: ConfirmationCurve | None = None
     blocks: list[BlockQuality] | None = None
     artifacts: dict[str, Evidence]
 

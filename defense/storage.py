@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defense.artifacts import Manifest, Writer, open_artifact, write_artifact
 from defense.errors import ArtifactError
-from defense.evidence import FoundBlock, Incident, LabelDoubts, PointedInput, Scan
+from defense.evidence import Confirmation, FoundBlock, Incident, LabelDoubts, PointedInput, Scan
 from defense.records import (
     Coverage,
     Factors,
@@ -269,3 +269,15 @@ def load_doubts(path: Path) -> tuple[LabelDoubts, Manifest]:
     manifest = open_artifact(path, "doubts")
     arrays = (read_array(path / f"{name}.npy") for name in ("doubt", "suggested"))
     return LabelDoubts(*arrays), manifest
+
+
+def save_confirmation(path: Path, confirmation: Confirmation, *, inputs: Inputs) -> str:
+    """Save what unlearning did to the wrong predictions; returns the artefact's digest."""
+    return write_artifact(path, "confirmation", {}, meta=asdict(confirmation), inputs=inputs)
+
+
+def load_confirmation(path: Path) -> tuple[Confirmation, Manifest]:
+    """Load what unlearning did to the wrong predictions."""
+    manifest = open_artifact(path, "confirmation")
+    points = tuple((rows, own, others) for rows, own, others in manifest.fact("points"))
+    return Confirmation(manifest.fact("before"), points), manifest

@@ -23,6 +23,7 @@ STAGES = (
     "scan",
     "influence",
     "detect",
+    "confirm",
     "remediate",
     "audit",
     "gate",

@@ -56,7 +56,7 @@ def read_cell(path: Path, cell: str, stage: str) -> tuple[Params, Paths]:
 
 def settings_of(params: Params, paths: Paths, stage: str) -> str:
     """Digest the parameters that the result of a stage of a cell can depend on."""
-    unused = {"audit", "gate", "tracking"} | ({"scan"} if stage != "scan" else set())
+    unused = {"audit", "gate", "tracking"} | ({"scan", "confirm"} - {stage})
     detects = DEPTHS[stage] >= 4 and paths.detection.name not in REFERENCES
     if not detects:
         unused |= {"detector"}

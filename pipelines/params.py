@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from defense.attacks import AnyAttack
 from defense.audit import AuditSettings
+from defense.confirmation import ConfirmSettings
 from defense.datasets import AnyDataSource
 from defense.detectors import AnyDetector
 from defense.errors import DefenseError
@@ -62,6 +63,7 @@ class Params(Method):
         transforms: How the affected inputs are transformed.
         scores: How influence is computed.
         detector: How rows are flagged.
+        confirm: How flagged rows are unlearnt in part, to confirm them.
         unlearner: How their effect is removed.
         audit: What counts as success.
         gate: What may be released.
@@ -80,6 +82,7 @@ class Params(Method):
     transforms: TransformSettings
     scores: ScoreSettings
     detector: AnyDetector
+    confirm: ConfirmSettings = ConfirmSettings()
     unlearner: AnyUnlearner
     audit: AuditSettings
     gate: Policy

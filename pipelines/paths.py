@@ -16,6 +16,7 @@ DEPTHS = {
     "scan": 3,
     "influence": 3,
     "detect": 4,
+    "confirm": 4,
     "reference": 4,
     "counterfactual": 4,
     "remediate": 5,
@@ -104,6 +105,11 @@ class Paths:
     def flags(self) -> Path:
         """Artefact of the detect stage."""
         return self.detection / "artifacts/flags"
+
+    @property
+    def confirmation(self) -> Path:
+        """Artefact of the confirm stage."""
+        return self.detection / "artifacts/confirmation"
 
     @property
     def remediated(self) -> Path:

@@ -20,6 +20,7 @@ from defense.pictures import doubtful, draw, sheets
 from defense.records import Case, Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import (
+    load_confirmation,
     load_doubts,
     load_factors,
     load_flags,
@@ -100,11 +101,24 @@ def collect(params: Params, paths: Paths, shelf: Shelf) -> tuple[Exhibits, Facto
     scan = shelf.take(paths.scan, load_scan) if scanned else None
     doubts = shelf.take(paths.doubts, load_doubts) if scanned else None
     flags = shelf.take(paths.flags, load_flags)
+    tried = paths.confirmation.is_dir()
+    confirmation = shelf.take(paths.confirmation, load_confirmation) if tried else None
     after = shelf.take(paths.remediated, lambda path: load_model(path, params, train))
     case = Case(blinded(train), before, *scores)
     published = published_rule(params).detect(case, seeded(params.seed, "published"))
     exhibits = Exhibits(
-        train, test, probe, truth, affected, flags, published, before, after, scan, doubts
+        train,
+        test,
+        probe,
+        truth,
+        affected,
+        flags,
+        published,
+        before,
+        after,
+        scan,
+        doubts,
+        confirmation,
     )
     return exhibits, factors
 

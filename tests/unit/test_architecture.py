@@ -34,6 +34,7 @@ FLOORS = (
         "defense.labels",
         "defense.pictures",
         "defense.audit",
+        "defense.confirmation",
         "defense.tracking",
     },
     {"defense.victim"},
