@@ -28,6 +28,9 @@ def test_defends(clone: Path) -> None:
     assert before["affected_fooled"]["value"] == 1
     assert after["psr"]["value"] < 0.5 * before["psr"]["value"]
     assert after["clean_accuracy"]["value"] > 0.8
+    last = report["confirmation"]["points"][-1]
+    assert last["rows"] == report["num_flagged"]
+    assert last["flagged"] < last["others"]
     restricted = report["detection"][0]
     assert restricted["rows"] == "predicted_label"
     assert restricted["tpr"]["value"] > 0.8
@@ -102,7 +105,7 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
     declared = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]["audit"]["plots"]
     assert list(declared[0]) == ["reports/plots"]
     pictures = sorted((clone / "reports" / "plots").glob("*.png"))
-    assert len(pictures) == 7 + len(load(clone / "reports" / "audit.json")["blocks"])
+    assert len(pictures) == 8 + len(load(clone / "reports" / "audit.json")["blocks"])
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.width > 300
@@ -112,7 +115,7 @@ def test_metrics_and_plots_are_dvcs(clone: Path) -> None:
 def test_report_opens_offline(clone: Path) -> None:
     text = (clone / "reports" / "report.html").read_text()
     blocks = load(clone / "reports" / "audit.json")["blocks"]
-    assert text.count("data:image/png;base64,") == 7 + len(blocks)
+    assert text.count("data:image/png;base64,") == 8 + len(blocks)
     assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
     assert "<script" not in text
     for evidence in load(clone / "reports" / "audit.json")["artifacts"].values():
@@ -130,6 +133,7 @@ def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
         "doubts",
         "scores",
         "flags",
+        "confirmation",
         "remediated",
     )
     folders = [home / "artifacts" / name for name in outs]
@@ -138,7 +142,7 @@ def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     left_by_a_kill = home / "scratch" / "train" / "old.pt"
     left_by_a_kill.parent.mkdir(parents=True)
     left_by_a_kill.touch()
-    stages = "train factors directions scan influence detect remediate audit gate"
+    stages = "train factors directions scan influence detect confirm remediate audit gate"
     for name in stages.split():
         done = stage(home, name)
         assert done.returncode == 0
