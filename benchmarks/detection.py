@@ -1,10 +1,10 @@
 """Detection beyond the paper on CIFAR-10: investigations, alarms, and scans without an incident.
 
-``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 1-10`` trains a
+``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 2-11`` trains a
 suspect model per seed (20,000 rows, a narrow ResNet-9), measures it and keeps a small file per
 model in the work folder; each call adds all that is there to benchmarks/results/detection.json
-and docs/detection.md. Settings were chosen on ``badnets_*`` and ``clean`` with seed 0, which is
-refused here.
+and docs/detection.md. Settings were chosen on ``badnets_*`` and ``clean`` with seed 0, and one was
+changed after seed 1: both are refused here.
 """
 
 import json
@@ -62,6 +62,7 @@ ATTACKS: dict[str, Attack | None] = {
     "blended_1": Blended(poison_fraction=0.01, **PAIR),
     "blended_025": Blended(poison_fraction=0.0025, **PAIR),
 }
+FIRST = 2  # seed that no setting was chosen on
 AFFECTED, INNOCENT = 10, 60  # inputs that are investigated
 RATES = (0.02, 0.05, 0.1)  # false-discovery rates
 
@@ -248,14 +249,14 @@ def numbers(text: str) -> list[int]:
 
 @click.command()
 @click.option("--attack", "names", multiple=True, type=click.Choice(tuple(ATTACKS)))
-@click.option("--seeds", default="1-3", show_default=True, help="Such as 1-3,7.")
+@click.option("--seeds", default="2-4", show_default=True, help="Such as 2-4,7.")
 @click.option("--work", default=ROOT / "scratch" / "detection", type=click.Path(path_type=Path))
 def main(names: tuple[str, ...], seeds: str, work: Path) -> None:
     """Measure what has not been measured, and write down all that was."""
     work.mkdir(parents=True, exist_ok=True)
     for seed in numbers(seeds):
-        if seed == 0:
-            raise click.UsageError("settings were chosen on seed 0: give others")
+        if seed < FIRST:
+            raise click.UsageError(f"settings were chosen on earlier seeds: give {FIRST} or more")
         for name in names:
             file = work / f"{name}-{seed}.json"
             if not file.exists():

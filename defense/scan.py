@@ -50,7 +50,7 @@ class ScanSettings(Coherence):
 
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
-    smallest: int = Field(8, gt=1)
+    smallest: int = Field(16, gt=1)
     epochs: int = Field(1, gt=0)
     max_epochs: int = Field(16, gt=0)
     max_rows: int | None = Field(10_000, gt=0)

@@ -64,7 +64,7 @@ def settings_of(params: Params, paths: Paths, stage: str) -> str:
         unused |= {"unlearner"}
     if stage != "directions" and not (detects and params.detector.name == USES_DIRECTIONS):
         unused |= {"directions"}
-    known = params.model_dump_json(exclude=unused)
+    known = params.model_dump_json(exclude=unused, exclude_none=True)  # new options leave it be
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
