@@ -141,6 +141,7 @@ def audit(
         psr_bound=settings.psr_bound,
         accuracy_drop_bound=settings.accuracy_drop_bound,
         confirmation=None if exhibits.confirmation is None else _curve(exhibits.confirmation),
+        unchecked=_unchecked(exhibits),
         blocks=None if exhibits.scan is None else _blocks(exhibits, exhibits.scan),
         artifacts=artifacts,
     )
@@ -183,6 +184,11 @@ def _curve(confirmation: Confirmation) -> ConfirmationCurve:
         for rows, flagged, others in confirmation.points
     ]
     return ConfirmationCurve(before=confirmation.before, points=points, cut=confirmation.cut)
+
+
+def _unchecked(exhibits: Exhibits) -> list[str]:
+    labels = () if exhibits.scan is None else exhibits.scan.unchecked
+    return [exhibits.train.class_names[label] for label in labels]
 
 
 def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:

@@ -132,11 +132,13 @@ class Scan:
         blocks: The blocks, suspected or natural.
         inputs: Inputs whose predictions they dictate, by block and p-value.
         alarm: P-value for all blocks together up to which some are suspected.
+        unchecked: Labels with too few rows, or too few clean inputs, to be looked at.
     """
 
     blocks: tuple[FoundBlock, ...]
     inputs: tuple[PointedInput, ...]
     alarm: float
+    unchecked: tuple[int, ...] = ()
 
     @property
     def suspected(self) -> tuple[FoundBlock, ...]:

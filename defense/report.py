@@ -217,6 +217,7 @@ class AuditReport(Part):
         accuracy_drop_bound: Largest accepted drop of clean accuracy.
         confirmation: What unlearning flagged rows does to the wrong predictions, if that was tried.
         blocks: What a scan of all rows found; None without a scan.
+        unchecked: Classes that the scan could not look at.
         artifacts: Digest of every artefact, by name.
     """
 
@@ -239,12 +240,15 @@ class AuditReport(Part):
     accuracy_drop_bound: float
     confirmation: ConfirmationCurve | None = None
     blocks: list[BlockQuality] | None = None
+    unchecked: list[str] = []
     artifacts: dict[str, Evidence]
 
     @property
     def open_blocks(self) -> int | None:
-        """Suspected blocks that are still trained on; None without a scan."""
-        return None if self.blocks is None else sum(block.is_open for block in self.blocks)
+        """Suspected blocks that are still trained on; None without a scan of every class."""
+        if self.blocks is None or self.unchecked:
+            return None
+        return sum(block.is_open for block in self.blocks)
 
     @property
     def accuracy_drop(self) -> float | None:

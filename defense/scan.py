@@ -7,7 +7,8 @@ one car, carry the label that others teach, too; planted ones do not.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from defense.contracts import Architecture
 from defense.detectors.coherence import Reals
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import Bench, CleanInputs, Coherence, Search, starts_of
+from defense.errors import DataError
 from defense.evidence import Directions, FoundBlock, PointedInput, Scan
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import ImageSet, Mask, mask_of
 from defense.victim import make_trainer
+
+logger = logging.getLogger(__name__)
 
 Predictor = Callable[[ImageSet], NDArray[np.int64]]
 Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for some epochs
@@ -99,11 +103,12 @@ class Scanner:
 
     def rows(self, seed: int) -> Scan:
         """Look for blocks in the training set alone."""
-        labels = progress(iterable=range(self.train.num_classes), desc="classes", unit="class")
+        checked, unchecked = self._sorted(range(self.train.num_classes))
+        labels = progress(iterable=checked, desc="classes", unit="class")
         blocks = [
             block for label in labels for block in self._blocks(label, self._dense(label, seed))
         ]
-        return Scan(self._judged(blocks, seed), (), self.settings.alarm)
+        return Scan(self._judged(blocks, seed), (), self.settings.alarm, unchecked)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
         """Look for blocks that inputs point to, and for the inputs whose prediction they dictate.
@@ -114,7 +119,8 @@ class Scanner:
             seed: Of the rows the independent model is compared on.
         """
         blocks, starts = list[Suspicion](), dict[int, Reals]()
-        for label in progress(iterable=np.unique(predicted).tolist(), desc="classes", unit="class"):
+        checked, unchecked = self._sorted(np.unique(predicted).tolist())
+        for label in progress(iterable=checked, desc="classes", unit="class"):
             bench = self.search.bench(label)
             own = images.images(np.flatnonzero(predicted == label))
             starts[label] = starts_of(bench.rows, own, label)
@@ -127,7 +133,20 @@ class Scanner:
             found = [(p_value, name) for p_value, name in zip(chances, names, strict=True)
                      if p_value <= self.settings.false_discovery_rate]  # fmt: skip
             pointed += [PointedInput(name, number, p_value) for p_value, name in sorted(found)]
-        return Scan(judged, tuple(pointed), self.settings.alarm)
+        return Scan(judged, tuple(pointed), self.settings.alarm, unchecked)
+
+    def _sorted(self, labels: Iterable[int]) -> tuple[list[int], tuple[int, ...]]:
+        """Tell labels that can be looked at from those with too few rows or clean inputs."""
+        checked, unchecked = list[int](), list[int]()
+        for label in labels:
+            try:
+                self.search.bench(label)
+            except DataError as error:
+                logger.warning("not scanned: %s", error)
+                unchecked.append(label)
+            else:
+                checked.append(label)
+        return checked, tuple(unchecked)
 
     def _dense(self, label: int, seed: int) -> Iterator[Reals]:
         """Yield cosines of rows with their class, those first that cohere most.

@@ -111,7 +111,7 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
         out: The folder to write to.
 
     Returns:
-        What was found, and a line for every block.
+        What was found, and a line for every block, and one for what was not looked at.
 
     Raises:
         DefenseError: Sections of params.yaml are not valid, or an artefact is missing.
@@ -132,7 +132,9 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
     save_scan(out / "scan", scan, inputs=subject.origin)
     publish(scan, subject.train, out)
     shutil.rmtree(scratch, ignore_errors=True)
-    return scan, [block_title(block, subject.train) for block in scan.blocks]
+    names = [subject.train.class_names[label] for label in scan.unchecked]
+    lines = [block_title(block, subject.train) for block in scan.blocks]
+    return scan, lines + [f"not looked at: {', '.join(names)}"] * bool(names)
 
 
 def read_sections(path: Path) -> tuple[AnyArchitecture, Recipe, ScanSettings, int]:
@@ -173,7 +175,9 @@ def hand_over(
 
 def publish(scan: Scan, train: ImageSet, out: Path) -> None:
     """Write what people read: a summary, the rows of every block, and pictures of them."""
-    write_json(out / "scan.json", {"verdict": scan.verdict, "blocks": summaries(scan, train)})
+    unchecked = [train.class_names[label] for label in scan.unchecked]
+    found = {"verdict": scan.verdict, "blocks": summaries(scan, train), "unchecked": unchecked}
+    write_json(out / "scan.json", found)
     write_text(out / "blocks.csv", blocks_csv(scan, train))
     for name, png in sheets(scan, train).items():
         write_bytes(out / name, png)

@@ -242,6 +242,7 @@ def save_scan(path: Path, scan: Scan, *, inputs: Inputs | None = None) -> str:
         "blocks": facts,
         "inputs": [asdict(given) for given in scan.inputs],
         "alarm": scan.alarm,
+        "unchecked": list(scan.unchecked),
         "verdict": scan.verdict,
     }
     return write_artifact(path, "scan", {"rows.npy": array(rows)}, meta=meta, inputs=inputs)
@@ -255,7 +256,8 @@ def load_scan(path: Path) -> tuple[Scan, Manifest]:
         for mask, facts in zip(rows, manifest.fact("blocks"), strict=True)
     )
     given = tuple(PointedInput(**facts) for facts in manifest.fact("inputs"))
-    return Scan(blocks, given, manifest.fact("alarm")), manifest
+    unchecked = tuple(manifest.fact("unchecked"))
+    return Scan(blocks, given, manifest.fact("alarm"), unchecked), manifest
 
 
 def save_doubts(path: Path, doubts: LabelDoubts, *, inputs: Inputs) -> str:

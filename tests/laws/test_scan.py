@@ -99,6 +99,15 @@ def test_a_block_that_nobody_can_vouch_for_is_suspected() -> None:
     assert scanner.trained == [1, 4, 16]
 
 
+def test_a_class_without_clean_inputs_is_named_and_the_others_are_scanned() -> None:
+    scanner = scanner_of(vectors_with(BLOCK))
+    mixed = scanner.search.clean.mixed
+    scanner.search.clean.mixed = mixed.where(mixed.labels != 2)
+    scan = scanner.rows(seed=0)
+    assert scan.unchecked == (2,)
+    assert [block.label for block in scan.suspected] == [1]
+
+
 def test_without_blocks_nothing_is_trained_and_nothing_suspected() -> None:
     scanner = scanner_of(vectors_with())
     scan = scanner.rows(seed=0)

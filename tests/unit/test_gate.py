@@ -53,6 +53,7 @@ def make_home(
     correct: int = 94,
     total: int = 100,
     blocks: Sequence[BlockQuality] | None = (),
+    unchecked: Sequence[str] = (),
 ) -> Path:
     """Write a model, a report, a verdict, a lineage and a policy."""
     torch.manual_seed(0)
@@ -76,6 +77,7 @@ def make_home(
         psr_bound=0.05,
         accuracy_drop_bound=0.02,
         blocks=None if blocks is None else list(blocks),
+        unchecked=list(unchecked),
         artifacts={"remediated": Evidence(path="artifacts/remediated", sha256=digest)},
     )
     file = home / "reports" / "audit.json"
@@ -135,6 +137,10 @@ def test_suspected_blocks_that_are_still_trained_on_block(
     assert run_gate(home) == code
     (home / "params.yaml").write_text("gate: {max_open_blocks: null}\n")
     assert run_gate(home) == 0
+
+
+def test_a_class_that_was_not_scanned_blocks(tmp_path: Path) -> None:
+    assert run_gate(make_home(tmp_path, unchecked=["7"])) == 1
 
 
 def test_a_stricter_policy_today_blocks_yesterdays_pass(tmp_path: Path) -> None:
