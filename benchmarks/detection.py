@@ -131,6 +131,7 @@ def measure(suspect: Suspect) -> dict[str, Any]:
     test, train = suspect.split.test, suspect.train
     predicted = predict(suspect.model, test, label="test")
     facts: dict[str, Any] = {
+        "hardware": hardware()["processor"],
         "attack": suspect.name,
         "seed": suspect.seed,
         "accuracy": float((predicted == test.labels).mean()),
@@ -271,7 +272,7 @@ def collect(work: Path) -> None:
     known = RESULTS / "detection.json"
     models = json.loads(known.read_text())["models"] if known.is_file() else {}
     for file in sorted(work.glob("*-*.json")):
-        models[file.stem] = json.loads(file.read_text()) | {"hardware": hardware()["processor"]}
+        models[file.stem] = json.loads(file.read_text())
     write_json(known, {"command": COMMAND, "versions": versions(), "models": models})
     fill_page(ROOT / "docs" / "detection.md", models)
 

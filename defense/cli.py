@@ -98,7 +98,8 @@ def read_policy(path: Path) -> Policy:
 def scan(home: Path, inputs: Path | None, out: Path) -> None:
     """Look for poison without an incident: blocks of rows that dictate predictions.
 
-    Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 70 crash.
+    Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 3 not measured because classes
+    have too few rows or clean inputs, 70 crash.
     """
     from defense.scanning import scan_home  # brings torch
 
@@ -107,6 +108,8 @@ def scan(home: Path, inputs: Path | None, out: Path) -> None:
         say(line)
     if found.suspected:
         raise SystemExit(BLOCKED)
+    if found.unchecked:
+        raise SystemExit(EVIDENCE)
 
 
 @cli.group()

@@ -20,8 +20,9 @@ class ConfirmSettings(Method):
     Attributes:
         points: Numbers of rows that are tried, each twice the one before, up to all flagged.
         retain: Rows that are trained on as they are, drawn at random.
-        forget: Draws of the rows to be unlearnt, which are trained towards no class at all, and of
-            other rows with their labels, which keep them, so that no class as such is unlearnt.
+        forget: Draws of the rows to be unlearnt, at least as many as there are, which are trained
+            towards no class at all, and of other rows with their labels, which keep them, so that
+            no class as such is unlearnt.
         learning_rate: Constant.
     """
 
@@ -87,9 +88,10 @@ def _without(
     order = torch.randperm(len(rest), generator=trainer.seeds("retained")).numpy()
     rest = rest[order]
     alike = rest[np.isin(train.labels[rest], train.labels[forgotten])]
-    balance = np.resize(alike, settings.forget) if len(alike) else alike
+    draws = max(settings.forget, len(forgotten))
+    balance = np.resize(alike, draws) if len(alike) else alike
     retained = np.concatenate([rest[: settings.retain], balance])
-    images = train.take(np.concatenate([retained, np.resize(forgotten, settings.forget)]))
+    images = train.take(np.concatenate([retained, np.resize(forgotten, draws)]))
 
     def objective(network: nn.Module, batch: Tensor, rows: NDArray[np.int64]) -> Tensor:
         chances = network(batch).float().log_softmax(dim=1)

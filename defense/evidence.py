@@ -115,18 +115,20 @@ class PointedInput:
 
     Attributes:
         id: Its name.
+        place: Its number among the inputs.
         block: Number of the block.
         p_value: Chance that a clean input coheres as much.
     """
 
     id: str
+    place: int
     block: int
     p_value: float
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a scan found, the strongest block first.
+    """What a scan found.
 
     Attributes:
         blocks: The blocks, suspected or natural.
@@ -147,8 +149,10 @@ class Scan:
 
     @property
     def verdict(self) -> str:
-        """``poison suspected`` if any block is, else ``nothing suspected``."""
-        return "poison suspected" if self.suspected else "nothing suspected"
+        """``poison suspected`` if any block is, ``not measured`` if classes are unchecked."""
+        if self.suspected:
+            return "poison suspected"
+        return "not measured" if self.unchecked else "nothing suspected"
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,14 @@ class Confirmation:
 
     @property
     def cut(self) -> int | None:
-        """Fewest rows from which on the wrong predictions are dead; None if they survive."""
-        alive = [rows for rows, flagged, _ in self.points if flagged >= DEAD]
+        """Fewest rows from which on the wrong predictions are dead, and others do not kill them.
+
+        None if they survive, die with other rows, too, or were dead before.
+        """
+        alive = [
+            rows
+            for rows, flagged, others in self.points
+            if flagged >= DEAD or self.before < DEAD or (others is not None and others < DEAD)
+        ]
         later = [rows for rows, _, _ in self.points if rows > max(alive, default=0)]
         return min(later, default=None)

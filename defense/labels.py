@@ -67,7 +67,7 @@ def contradiction(
         rows = np.sort(rng.permutation(np.flatnonzero(same))[:size])
         cosines = directions.rows(rows)
         own[same] = support(cosines[:, same], np.searchsorted(np.flatnonzero(same), rows))
-        opposition = _extreme(-cosines[:, ~same])
+        opposition = _extreme(-cosines[:, ~same], len(rows))
         suggested[np.flatnonzero(~same)[opposition > against[~same]]] = label
         against[~same] = np.maximum(against[~same], opposition)
     return against - own, suggested
@@ -82,11 +82,11 @@ def support(cosines: NDArray[np.float32], own: NDArray[np.int64]) -> NDArray[np.
     """
     others = cosines.copy()
     others[np.arange(len(own)), own] = -1
-    return _extreme(others)
+    return _extreme(others, len(own) - 1)
 
 
-def _extreme(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of the largest values of every column."""
-    count = min(NEAREST, len(values))
+def _extreme(values: NDArray[np.float32], known: int) -> NDArray[np.float32]:
+    """Mean of the largest values of every column, of which so many are known."""
+    count = min(NEAREST, known)
     result: NDArray[np.float32] = np.partition(values, -count, axis=0)[-count:].mean(0)
     return result

@@ -144,7 +144,7 @@ class BlockQuality(Part):
 
     @property
     def is_open(self) -> bool:
-        """Whether it is suspected, and more than a tenth of it is still trained on."""
+        """Whether it is suspected, and less than nine tenths of it were flagged."""
         return self.suspected and (self.removed.value or 0.0) < REMOVED
 
 

@@ -21,7 +21,7 @@ from defense.compute import progress
 from defense.contracts import Architecture
 from defense.detectors.coherence import Reals
 from defense.detectors.controls import Finding, exceedance
-from defense.detectors.search import Bench, CleanInputs, Coherence, Search, starts_of
+from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
 from defense.errors import DataError
 from defense.evidence import Directions, FoundBlock, PointedInput, Scan
 from defense.prediction import predict
@@ -128,19 +128,25 @@ class Scanner:
         judged = self._judged(blocks, seed)
         pointed = list[PointedInput]()
         for number, block in enumerate(blocks):
-            names = images.ids[predicted == block.label].tolist()
+            places = np.flatnonzero(predicted == block.label)
             chances = self._dictated(block, starts[block.label])
-            found = [(p_value, name) for p_value, name in zip(chances, names, strict=True)
-                     if p_value <= self.settings.false_discovery_rate]  # fmt: skip
-            pointed += [PointedInput(name, number, p_value) for p_value, name in sorted(found)]
+            order = np.argsort(chances, kind="stable")
+            order = order[chances[order] <= self.settings.false_discovery_rate]
+            pointed += [
+                PointedInput(str(images.ids[place]), int(place), number, float(p_value))
+                for place, p_value in zip(places[order], chances[order], strict=True)
+            ]
         return Scan(judged, tuple(pointed), self.settings.alarm, unchecked)
 
     def _sorted(self, labels: Iterable[int]) -> tuple[list[int], tuple[int, ...]]:
         """Tell labels that can be looked at from those with too few rows or clean inputs."""
         checked, unchecked = list[int](), list[int]()
+        fewest = max(self.settings.smallest, FEWEST)
         for label in labels:
             try:
-                self.search.bench(label)
+                if (count := len(self.search.bench(label).rows)) < fewest:
+                    name = self.train.class_names[label]
+                    raise DataError(f"expected {fewest} or more rows of {name}, got {count}")
             except DataError as error:
                 logger.warning("not scanned: %s", error)
                 unchecked.append(label)
@@ -194,11 +200,11 @@ class Scanner:
             if attempts == self.settings.attempts:
                 break
 
-    def _dictated(self, block: Suspicion, starts: Reals) -> list[float]:
+    def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""
-        members, bench = block.finding.flagged, self.search.bench(block.label)
-        chances = exceedance(bench.null.null(block.finding.block), np.median(starts[:, members], 1))
-        adjusted: list[float] = false_discovery_control(chances).tolist()
+        settled, null = block.finding.block, self.search.bench(block.label).null
+        chances = exceedance(null.null(settled), np.median(starts[:, settled.seeds], axis=1))
+        adjusted: NDArray[np.float64] = false_discovery_control(chances)
         return adjusted
 
     def _judged(self, blocks: list[Suspicion], seed: int) -> tuple[FoundBlock, ...]:
@@ -213,9 +219,11 @@ class Scanner:
         held = np.zeros_like(suspect)
         for label in sorted({block.label for block in blocks}):
             others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
-            held[others[: self.settings.held_out]] = True
+            held[others[: min(self.settings.held_out, len(others) // 2)]] = True
         judged = np.unique(labels[held])
         seen = rng.permutation(np.flatnonzero(~(suspect | held)))[: self.settings.max_rows]
+        if not len(seen):
+            raise DataError("expected rows outside of blocks to train on, but all are in blocks")
         rows, epochs = self.train.take(np.sort(seen)), self.settings.epochs
         while True:
             said = np.full(len(labels), -1, dtype=np.int64)

@@ -24,7 +24,7 @@ from defense.audit import labels_csv
 from defense.compute import seeded
 from defense.datasets.folder import read_images
 from defense.detectors.search import CleanInputs
-from defense.errors import DefenseError
+from defense.errors import DataError, DefenseError
 from defense.evidence import Scan
 from defense.influence.directions import StoredDirections
 from defense.influence.store import load_store
@@ -38,6 +38,7 @@ from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings, independent_of
 from defense.storage import load_factors, load_images, load_weights, save_images, save_scan
 
+UNFINISHED = "unfinished"  # folder of checkpoints
 ROLES = ("poisoned_train", "test", "suspect", "factors", "directions")
 
 
@@ -117,24 +118,47 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
         DefenseError: Sections of params.yaml are not valid, or an artefact is missing.
     """
     sections = read_sections(home / "params.yaml")
-    scratch = out / "scratch"
+    scratch = out / UNFINISHED
+    clear(out)
     subject = open_subject(lambda role: home / "artifacts" / role, *sections, scratch)
     if inputs is None:
         scan = subject.scanner.rows(subject.seed)
-        doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
-        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     else:
-        sealed = (inputs / "manifest.json").is_file()
-        images = load_images(inputs)[0] if sealed else read_images(inputs, subject.train.shape)
+        images = read_inputs(inputs, subject.train)
         predicted = predict(subject.model, images, label="inputs")
         scan = subject.scanner.inputs(images, predicted, subject.seed)
         hand_over(scan, images, predicted, subject, out)
     save_scan(out / "scan", scan, inputs=subject.origin)
     publish(scan, subject.train, out)
+    if inputs is None:
+        doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
+        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     shutil.rmtree(scratch, ignore_errors=True)
     names = [subject.train.class_names[label] for label in scan.unchecked]
     lines = [block_title(block, subject.train) for block in scan.blocks]
     return scan, lines + [f"not looked at: {', '.join(names)}"] * bool(names)
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier scan left, so that nothing stands beside an answer it is not of."""
+    for name in ("affected", "scan"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for file in (*out.glob("block_*.png"), out / "labels.csv"):
+        file.unlink(missing_ok=True)
+
+
+def read_inputs(path: Path, train: ImageSet) -> ImageSet:
+    """Read a folder of images, or an images artefact, of the size the model takes.
+
+    Raises:
+        DataError: There are none, or an artefact's have another size.
+    """
+    if not (path / "manifest.json").is_file():
+        return read_images(path, train.shape)
+    images, _ = load_images(path)
+    if images.shape != train.shape:
+        raise DataError(f"expected inputs of shape {train.shape} in {path}, got {images.shape}")
+    return images
 
 
 def read_sections(path: Path) -> tuple[AnyArchitecture, Recipe, ScanSettings, int]:
@@ -161,13 +185,16 @@ def read_sections(path: Path) -> tuple[AnyArchitecture, Recipe, ScanSettings, in
 def hand_over(
     scan: Scan, images: ImageSet, predicted: np.ndarray, subject: Subject, out: Path
 ) -> None:
-    """Write the inputs of the strongest suspected block as the affected inputs of an incident."""
-    best = next((n for n, block in enumerate(scan.blocks) if block.suspected), None)
-    names = [given.id for given in scan.inputs if given.block == best]
-    if best is None or not names:
+    """Write inputs that a suspected block dictates as the affected inputs of an incident.
+
+    Of several blocks it is the one whose labels are contradicted most surely.
+    """
+    pointed = {given.block for given in scan.inputs if scan.blocks[given.block].suspected}
+    if not pointed:
         return
-    places = [int(np.flatnonzero(images.ids == name)[0]) for name in names]
-    chosen = images.take(np.array(places))
+    best = min(pointed, key=lambda number: scan.blocks[number].p_value)
+    places = np.array([given.place for given in scan.inputs if given.block == best])
+    chosen = images.take(places)
     labels = predicted[places]
     affected = ImageSet(chosen.pixels, labels, chosen.ids, subject.train.class_names, chosen.rows)
     save_images(out / "affected", affected, inputs={"suspect": subject.origin["suspect"]})

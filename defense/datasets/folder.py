@@ -117,7 +117,9 @@ def read_images(folder: Path, shape: tuple[int, int, int]) -> ImageSet:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in FORMATS and not file.name.startswith(".")
+        if file.suffix.lower() in FORMATS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not files or height != width:
         raise DataError(

@@ -110,7 +110,7 @@ def _incident(
         int(sum(finding.flagged.sum() for finding in found)),
         settings.false_discovery_rate,
         (mean, low, high),
-        seen[-1].p_value if found and seen[-1] is not first else None,
+        None if seen[-1].found(settings.alarm) or not found else seen[-1].p_value,
     )
 
 

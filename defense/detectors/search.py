@@ -172,7 +172,9 @@ class Search:
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
             if len(found) >= fewest:
                 break
-            if other != label and len(self.clean.of(other, self.settings.num_controls)) >= FEWEST:
+            enough = (self.train.labels == other).sum() > 1
+            lent = self.clean.of(other, self.settings.num_controls)
+            if other != label and enough and len(lent) >= FEWEST:
                 found += self.bench(other).strengths
         if len(found) < fewest:
             raise DataError(

@@ -88,3 +88,6 @@ def test_no_others_no_comparison(drill) -> None:
 def test_the_cut_is_where_it_dies_for_good(flagged: tuple[float, ...], cut: int | None) -> None:
     points = tuple((rows, own, 1.0) for rows, own in zip((10, 20, 40), flagged, strict=True))
     assert Confirmation(1.0, points).cut == cut
+    assert Confirmation(0.4, points).cut is None  # dead before
+    others = tuple((rows, own, 0.1) for rows, own, _ in points)
+    assert Confirmation(1.0, others).cut is None  # as with other rows

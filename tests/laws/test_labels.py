@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_doubts(flipped) -> None:
 def test_nobody_speaks_for_himself() -> None:
     cosines = np.array([[1.0, 0.2, 0.5], [0.2, 1.0, 0.4]], dtype=np.float32)
     found = support(cosines, np.array([0, 1]))
-    np.testing.assert_allclose(found, [(-1 + 0.2) / 2, (0.2 - 1) / 2, 0.45], rtol=1e-6)
+    np.testing.assert_allclose(found, [0.2, 0.2, 0.5], rtol=1e-6)
 
 
 def test_classes_of_one_row_speak_for_nobody() -> None:

@@ -1,6 +1,7 @@
 """What a scan promises: it finds planted blocks, tells natural ones apart, and alarms rarely."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,20 @@ def test_a_class_without_clean_inputs_is_named_and_the_others_are_scanned() -> N
     scanner.search.clean.mixed = mixed.where(mixed.labels != 2)
     scan = scanner.rows(seed=0)
     assert scan.unchecked == (2,)
+    assert replace(scan, blocks=()).verdict == "not measured"
     assert [block.label for block in scan.suspected] == [1]
+
+
+def test_half_of_a_small_class_is_left_to_learn_from() -> None:
+    scanner = scanner_of(vectors_with(BLOCK), held_out=10_000)
+    (block,) = scanner.rows(seed=0).suspected
+    rest = (scanner.train.labels == 1).sum() - block.rows.sum()
+    assert block.num_held_out == rest // 2
+
+
+def test_a_class_with_few_rows_is_not_looked_at() -> None:
+    scanner = scanner_of(vectors_with(BLOCK), smallest=501)  # rows of each class: 500
+    assert scanner.rows(seed=0).unchecked == (0, 1, 2, 3)
 
 
 def test_without_blocks_nothing_is_trained_and_nothing_suspected() -> None:
@@ -144,7 +158,7 @@ def test_an_untriggered_input_that_a_block_dictates_gives_it_away() -> None:
     scan = scanner_of(vectors_with(BLOCK), known=known).inputs(inputs, np.full(60, 1), seed=0)
     (block,) = scan.suspected
     assert block.rows[BLOCK].mean() > 0.95
-    assert [given.id for given in scan.inputs] == [inputs.ids[7]]
+    assert [(given.id, given.place) for given in scan.inputs] == [(inputs.ids[7], 7)]
     assert scan.inputs[0].p_value <= 0.02
 
 

@@ -64,7 +64,7 @@ def test_a_scan_finds_the_poison_without_an_incident(clone: Path, tmp_path: Path
     assert suspected["planted"]["successes"] > 0.8 * 35  # of the poison
     listed = (tmp_path / "blocks.csv").read_text().splitlines()[1:]
     assert sum(line.split(",")[1] == "True" for line in listed) == suspected["num_rows"]
-    assert not (tmp_path / "scratch").exists()
+    assert not (tmp_path / "unfinished").exists()
     doubted = (tmp_path / "labels.csv").read_text()
     assert doubted == (clone / "reports" / "labels.csv").read_text()
     assert len(doubted.splitlines()) == 11
