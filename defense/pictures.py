@@ -85,6 +85,9 @@ def _confirmation(curve: ConfirmationCurve) -> bytes:
         if shown:
             axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=f"{label} rows unlearnt")
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="rows", ylabel="probability of wrong label")
+    rows = [point.rows for point in curve.points]
+    axes.set_xticks(rows, [f"{count:,}" for count in rows])
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=8)
     return _png(figure)
 
