@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.detection_page import fill_page
+from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
+from benchmarks.tables import fill
 from defense.artifacts import write_json
 from defense.attacks.badnets import BadNets
 from defense.attacks.blended import Blended
@@ -274,7 +275,7 @@ def collect(work: Path) -> None:
     for file in sorted(work.glob("*-*.json")):
         models[file.stem] = json.loads(file.read_text())
     write_json(known, {"command": COMMAND, "versions": versions(), "models": models})
-    fill_page(ROOT / "docs" / "detection.md", models)
+    fill(ROOT / "docs" / "detection.md", page(models))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """The tables of docs/detection.md, from what `benchmarks.detection` has measured."""
 
-import re
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
-
-from defense.artifacts import write_text
 
 Models = dict[str, dict[str, Any]]
 
@@ -111,15 +107,3 @@ def page(models: Models) -> str:
         ("Scan from untriggered inputs", table(scan_head, each(models, scans("scan_inputs")))),
     )
     return "\n".join(f"### {title}\n\n{text}" for title, text in parts)
-
-
-def fill_page(path: Path, models: Models) -> None:
-    """Replace what lies between the two markers of the page."""
-    old = path.read_text(encoding="utf-8")
-    new = re.sub(
-        r"(<!-- tables -->\n).*(<!-- end of tables -->)",
-        lambda found: f"{found[1]}\n{page(models)}\n{found[2]}",
-        old,
-        flags=re.DOTALL,
-    )
-    write_text(path, new)
