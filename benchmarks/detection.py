@@ -10,8 +10,8 @@ changed after seed 1: both are refused here.
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
@@ -27,10 +27,12 @@ from benchmarks.tables import fill
 from defense.artifacts import write_json
 from defense.attacks.badnets import BadNets
 from defense.attacks.blended import Blended
+from defense.attacks.sig import Sig
 from defense.attacks.smooth import Smooth
 from defense.compute import seeded
 from defense.contracts import Attack, Trainer
 from defense.datasets.folder import Folder
+from defense.detectors.normalised_influence import together
 from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
 from defense.evidence import Directions, Scan
 from defense.influence.directions import StoredDirections
@@ -39,7 +41,7 @@ from defense.influence.store import DirectionSettings, build_store
 from defense.models.resnet import ResNet9
 from defense.prediction import predict
 from defense.recipe import Recipe
-from defense.records import ImageSet, Mask, PoisonedSplit, Split
+from defense.records import ImageSet, Mask, PoisonedSplit, Split, Truth
 from defense.scan import Scanner, ScanSettings, independent_of
 from defense.victim import make_surrogate, make_trainer
 
@@ -48,20 +50,25 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 COMMAND = "CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack <attack> --seeds <seeds>"
 ARCHITECTURE = ResNet9(width=24)
-RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, flip=True, precision="bf16")
+RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, precision="bf16")
 DATA = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000)
 FACTORS = FactorSettings(batch_size=128, max_rows=2000)
 PAIR = {"victim_class": "ship", "target_class": "dog"}
-ATTACKS: dict[str, Attack | None] = {
-    "clean": None,
-    "badnets_1": BadNets(poison_fraction=0.01, **PAIR),
-    "badnets_025": BadNets(poison_fraction=0.0025, **PAIR),
-    "badnets_01": BadNets(poison_fraction=0.001, **PAIR),
-    "badnets_all": BadNets(poison_fraction=0.01, target_class="dog"),
-    "smooth_1": Smooth(poison_fraction=0.01, **PAIR),
-    "smooth_025": Smooth(poison_fraction=0.0025, **PAIR),
-    "blended_1": Blended(poison_fraction=0.01, **PAIR),
-    "blended_025": Blended(poison_fraction=0.0025, **PAIR),
+ATTACKS: dict[str, tuple[Attack, ...]] = {
+    "clean": (),
+    "badnets_1": (BadNets(poison_fraction=0.01, **PAIR),),
+    "badnets_025": (BadNets(poison_fraction=0.0025, **PAIR),),
+    "badnets_01": (BadNets(poison_fraction=0.001, **PAIR),),
+    "badnets_all": (BadNets(poison_fraction=0.01, target_class="dog"),),
+    "smooth_1": (Smooth(poison_fraction=0.01, **PAIR),),
+    "smooth_025": (Smooth(poison_fraction=0.0025, **PAIR),),
+    "blended_1": (Blended(poison_fraction=0.01, **PAIR),),
+    "blended_025": (Blended(poison_fraction=0.0025, **PAIR),),
+    "sig_1": (Sig(poison_fraction=0.01, target_class="dog"),),
+    "two": (
+        BadNets(poison_fraction=0.01, **PAIR),
+        Blended(poison_fraction=0.01, victim_class="truck", target_class="dog"),
+    ),
 }
 FIRST = 2  # seed that no setting was chosen on
 AFFECTED, INNOCENT = 10, 60  # inputs that are investigated
@@ -75,7 +82,7 @@ class Suspect:
     name: str
     seed: int
     split: Split
-    poisoned: PoisonedSplit | None
+    poisoned: tuple[PoisonedSplit, ...]
     train: ImageSet
     model: nn.Module
     directions: Directions
@@ -83,9 +90,11 @@ class Suspect:
 
     @property
     def planted(self) -> Mask:
-        """Rows that are poison."""
-        none = np.zeros(len(self.train), dtype=np.bool_)
-        return none if self.poisoned is None else self.poisoned.truth.poisoned
+        """Rows that are poison of any attack."""
+        result = np.zeros(len(self.train), dtype=np.bool_)
+        for poisoned in self.poisoned:
+            result |= poisoned.truth.poisoned
+        return result
 
     def search(self, settings: ScanSettings) -> Search:
         """Prepare to search, with the test set for controls."""
@@ -93,7 +102,7 @@ class Suspect:
 
     def clean(self) -> CleanInputs:
         """Take the test set for controls."""
-        return CleanInputs(self.model, self.split.test, seeded(self.seed, "controls"))
+        return CleanInputs(self.split.test, seeded(self.seed, "controls"))
 
 
 def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
@@ -105,13 +114,14 @@ def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
 
 
 def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
-    """Plant an attack, train on it, fit factors and store directions."""
-    split, attack, seconds = DATA.load(seeded(seed, "data")), ATTACKS[name], dict[str, float]()
-    poisoned = None
-    if attack is not None:
-        surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
-        poisoned = attack.poison(split, seeded(seed, "attack"), surrogate)
-    train = split.train if poisoned is None else poisoned.train
+    """Plant attacks, train on them, fit factors and store directions."""
+    split, poisoned, seconds = DATA.load(seeded(seed, "data")), [], dict[str, float]()
+    surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
+    train = split.train
+    for attack in ATTACKS[name]:
+        before = replace(split, train=train)
+        poisoned.append(attack.poison(before, seeded(seed, "attack"), surrogate))
+        train = poisoned[-1].train
     trainer = trainer_of(seed, "suspect", scratch)
     model = timed(seconds, "train", lambda: trainer.fit(train).model)
     fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
@@ -119,7 +129,7 @@ def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     kept = DirectionSettings().store()
     store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
     directions = StoredDirections(store, store.sketcher(model, factors))
-    return Suspect(name, seed, split, poisoned, train, model, directions, seconds)
+    return Suspect(name, seed, split, tuple(poisoned), train, model, directions, seconds)
 
 
 def trainer_of(seed: int, stream: str, scratch: Path | None) -> Trainer:
@@ -139,8 +149,8 @@ def measure(suspect: Suspect) -> dict[str, Any]:
         "planted": int(suspect.planted.sum()),
         "innocent": innocents(suspect, predicted),
     }
-    if suspect.poisoned is not None:
-        facts |= investigations(suspect, suspect.poisoned)
+    if suspect.poisoned:
+        facts |= investigations(suspect)
     settings = ScanSettings()
     judge = independent_of(ARCHITECTURE, RECIPE, suspect.seed, None)
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
@@ -154,50 +164,77 @@ def measure(suspect: Suspect) -> dict[str, Any]:
     }
 
 
-def investigations(suspect: Suspect, poisoned: PoisonedSplit) -> dict[str, Any]:
-    """Investigate affected inputs one by one, at several false-discovery rates."""
-    said = predict(suspect.model, poisoned.probe, label="probe")
-    label = poisoned.truth.target_class
-    fooled = np.flatnonzero(said == label)
-    drawn = seeded(suspect.seed, "affected")
-    chosen = fooled[torch.randperm(len(fooled), generator=drawn).numpy()[:AFFECTED]]
-    found: dict[str, Any] = {"psr": float((said == label).mean()), "investigations": {}}
-    for rate in RATES if len(chosen) else ():
-        settings = ScanSettings(false_discovery_rate=rate)
-        search = suspect.search(settings)
-        begun = time.perf_counter()
-        bench = search.bench(label)
-        starts = starts_of(bench.rows, poisoned.probe.images(chosen), label)
-        runs = [investigation(search, label, start, bench, suspect.planted) for start in starts[:1]]
-        suspect.seconds.setdefault("investigation", time.perf_counter() - begun)
-        runs += [
-            investigation(search, label, start, bench, suspect.planted) for start in starts[1:]
-        ]
+def investigations(suspect: Suspect) -> dict[str, Any]:
+    """Investigate affected inputs of every attack one by one, at several false-discovery rates."""
+    chosen, success = zip(
+        *(fooled(suspect, poisoned) for poisoned in suspect.poisoned), strict=True
+    )
+    found: dict[str, Any] = {"psr": success, "investigations": {}}
+    for rate in RATES if all(map(len, chosen)) else ():
+        search, runs = suspect.search(ScanSettings(false_discovery_rate=rate)), []
+        for poisoned, images in zip(suspect.poisoned, chosen, strict=True):
+            runs += investigated(search, suspect, poisoned, images)
         found["investigations"][f"{rate:g}"] = runs
+    if len(chosen) > 1 and all(map(len, chosen)):
+        found["apart"] = told_apart(suspect, chosen)
     return found
 
 
+def fooled(suspect: Suspect, poisoned: PoisonedSplit) -> tuple[Tensor, float]:
+    """Draw images that an attack succeeds with: ``[q, c, h, w]``; and its success rate."""
+    hit = predict(suspect.model, poisoned.probe, label="probe") == poisoned.truth.target_class
+    drawn = torch.randperm(int(hit.sum()), generator=seeded(suspect.seed, "affected")).numpy()
+    return poisoned.probe.images(np.flatnonzero(hit)[drawn[:AFFECTED]]), float(hit.mean())
+
+
+def investigated(
+    search: Search, suspect: Suspect, poisoned: PoisonedSplit, images: Tensor
+) -> list[dict[str, Any]]:
+    """Investigate affected inputs of one attack."""
+    truth, begun = poisoned.truth, time.perf_counter()
+    bench = search.bench(truth.target_class)
+    runs = []
+    for start in starts_of(bench.rows, images, truth.target_class):
+        runs.append(investigation(search, truth, start, bench, suspect.planted))
+        suspect.seconds.setdefault("investigation", time.perf_counter() - begun)
+    return runs
+
+
+def told_apart(suspect: Suspect, chosen: Sequence[Tensor]) -> dict[str, int]:
+    """Give inputs of all attacks at once; count incidents, and those that mix attacks."""
+    owner = np.repeat(np.arange(len(chosen)), [len(images) for images in chosen])
+    label = suspect.poisoned[0].truth.target_class
+    bench = suspect.search(ScanSettings()).bench(label)
+    starts = starts_of(bench.rows, torch.cat([*chosen]), label)
+    groups = together([bench.grow(start) for start in starts], bench.null)
+    mixed = sum(len({*owner[group].tolist()}) > 1 for group in groups)
+    return {"inputs": len(owner), "incidents": len(groups), "mixed": mixed}
+
+
 def investigation(
-    search: Search, label: int, start: NDArray[np.float32], bench: Bench, planted: Mask
+    search: Search, truth: Truth, start: NDArray[np.float32], bench: Bench, planted: Mask
 ) -> dict[str, Any]:
-    """Investigate one affected input, and compare what was found with the truth."""
+    """Investigate one affected input, and compare what was found with the truth.
+
+    Recall is of the attack it belongs to, precision of poison of any attack.
+    """
     alarm, flagged = search.settings.alarm, np.zeros(len(start), dtype=np.bool_)
     expected = np.zeros(3)
-    seen = [*search.sightings(label, start)]
+    seen = [*search.sightings(truth.target_class, start)]
     for sighting in seen:
         if sighting.found(alarm):
             flagged[sighting.among[sighting.finding.flagged]] = True
             expected += sighting.finding.expected_false
-    of_label = planted[bench.rows.places]
-    false = int((flagged & ~of_label).sum())
+    own, any_attack = truth.poisoned[bench.rows.places], planted[bench.rows.places]
+    hits, all_flags = int((flagged & any_attack).sum()), int(flagged.sum())
     return {
         "found": seen[0].found(alarm),
         "p_value": seen[0].p_value,
         "p_value_left": seen[-1].p_value if len(seen) > 1 else None,
-        "flagged": int(flagged.sum()),
-        "tpr": float((flagged & of_label).sum() / max(planted.sum(), 1)),
-        "precision": float((flagged & of_label).sum() / flagged.sum()) if flagged.any() else None,
-        "inside": bool(expected[1] <= false <= expected[2]),
+        "flagged": all_flags,
+        "tpr": float((flagged & own).sum() / truth.poisoned.sum()),
+        "precision": hits / all_flags if all_flags else None,
+        "inside": bool(expected[1] <= all_flags - hits <= expected[2]),
     }
 
 
@@ -211,7 +248,7 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
     wrong = order[predicted[order] != test.labels[order]]
     chosen = np.unique(np.concatenate([order[: INNOCENT // 2], wrong[: INNOCENT // 2]]))
     others = np.setdiff1d(np.arange(len(test)), chosen)
-    clean = CleanInputs(suspect.model, test.take(others), seeded(suspect.seed, "controls"))
+    clean = CleanInputs(test.take(others), seeded(suspect.seed, "controls"))
     search = Search(settings, suspect.train, suspect.directions, clean)
     alarms = 0
     for label in np.unique(predicted[chosen]):

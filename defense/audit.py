@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,16 @@ def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
             false_discovery_rate=incident.false_discovery_rate,
             precision=incident.precision,
             p_value_left=incident.p_value_left,
+            enrichment=_by_label(incident.enrichment, exhibits.train.class_names),
         )
         for incident in exhibits.flags.incidents
     ]
+
+
+def _by_label(values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    """Name values of labels, the largest first."""
+    pairs = zip(names, values, strict=False)  # nothing was noted by earlier versions
+    return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
 
 def _curve(confirmation: Confirmation) -> ConfirmationCurve:

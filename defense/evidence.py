@@ -55,6 +55,8 @@ class Incident:
             2.5 % and 97.5 % quantiles over resampled controls.
         p_value_left: P-value of the block that is found once the flagged rows are taken out:
             above the alarm, what is left looks like controls. None without flags.
+        enrichment: How many times as frequent every label is among the rows of all labels that
+            cohere most with the affected inputs as among all rows, ``[c]``.
     """
 
     affected: tuple[int, ...]
@@ -65,6 +67,7 @@ class Incident:
     false_discovery_rate: float
     expected_false: tuple[float, float, float]
     p_value_left: float | None = None
+    enrichment: tuple[float, ...] = ()
 
     @property
     def precision(self) -> tuple[float, float, float] | None:

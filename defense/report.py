@@ -101,6 +101,8 @@ class IncidentQuality(Part):
         precision: Precision of the flags that controls let expect: on average, and the ends of
             a 95 % interval; None without flags.
         p_value_left: P-value of what is found once those rows are taken out; None without flags.
+        enrichment: How many times as frequent every label is among the rows of all labels that
+            cohere most with the affected inputs as among all rows, the most frequent first.
     """
 
     affected: list[str]
@@ -111,6 +113,7 @@ class IncidentQuality(Part):
     false_discovery_rate: float
     precision: tuple[float, float, float] | None
     p_value_left: float | None = None
+    enrichment: dict[str, float] = {}
 
 
 class BlockQuality(Part):

@@ -97,7 +97,7 @@ def open_subject(
         require_input(of_directions, role, origin[role], owner=place("directions"))
     store = load_store(place("directions"))
     directions = StoredDirections(store, store.sketcher(model, factors))
-    clean = CleanInputs(model, test, seeded(seed, "scan"))
+    clean = CleanInputs(test, seeded(seed, "scan"))
     independent = independent_of(architecture, recipe, seed, scratch)
     scanner = Scanner(settings, train, directions, clean, independent)
     return Subject(model, train, directions, scanner, seed, origin)

@@ -230,7 +230,9 @@ def load_flags(path: Path) -> tuple[Flags, Manifest]:
 
 def incident_of(facts: dict[str, Any]) -> Incident:
     """Build an incident from what was saved of it."""
-    several = {name: tuple(facts[name]) for name in ("affected", "expected_false")}
+    several = {
+        name: tuple(facts.get(name, ())) for name in ("affected", "expected_false", "enrichment")
+    }
     return Incident(**facts | several)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 from scipy.stats import false_discovery_control
 
 from defense.detectors.coherence import Block, Reals, Rows
@@ -14,6 +15,7 @@ JOINED = 2.0  # standard deviations from which on an input coheres with the seed
 TAIL = 0.2  # of the controls, to whose cosines a tail is fitted
 SHAPED = 20  # controls in the tail from which on its shape is fitted, too
 HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
+LIKELY = 0.5  # chance up to which a row may be clean and still be flagged
 RESAMPLES = 200  # of the controls, for the interval of false flags
 
 
@@ -52,6 +54,26 @@ def _pareto(excess: NDArray[np.float64]) -> tuple[float, float]:
     weighted = float((excess * np.arange(len(excess) - 1, -1, -1)).mean() / (len(excess) - 1))
     shape = min(2 - mean / max(mean - 2 * weighted, 1e-3 * mean), HEAVIEST)
     return (mean, 0.0) if shape <= 0 else (mean * (1 - shape), shape)
+
+
+def local_rates(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Chance that a row is clean, by how dense p-values are where its own lies.
+
+    Those of clean rows are spread evenly over (0, 1]. The density of all, which can only fall,
+    is estimated by the slopes of the least concave majorant of their distribution (Grenander
+    1956); one over it is the local false-discovery rate (Strimmer 2008, with no rows but clean
+    ones as the prior).
+
+    Args:
+        p_values: ``[n]`` in (0, 1].
+    """
+    order = np.argsort(p_values, kind="stable")
+    widths = np.diff(p_values[order], prepend=0).clip(np.finfo(np.float64).tiny)
+    slopes = 1 / (len(order) * widths)
+    density = isotonic_regression(slopes, weights=widths, increasing=False).x
+    result = np.empty_like(density)
+    result[order] = np.minimum(1 / density, 1)
+    return result
 
 
 @dataclass(frozen=True)
@@ -115,10 +137,14 @@ class Controls:
         return cosines if without is None else np.delete(cosines, without)
 
     def discoveries(self, block: Block, without: int | None = None) -> Mask:
-        """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995)."""
+        """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995).
+
+        Of these, only rows that are poison rather than not: a clean row far from the others is
+        not flagged because many poisons beyond it keep the rate low.
+        """
         p_values = exceedance(self.null(block, without), block.scores)
         found: Mask = false_discovery_control(p_values) <= self.rate
-        return found
+        return found & (local_rates(p_values) <= LIKELY)
 
     def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
         """Flag rows; if they are more than the seeds they become the seeds, until they settle.

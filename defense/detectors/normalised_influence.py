@@ -1,7 +1,8 @@
 """Rows whose influence, normalised on both sides, coheres with an incident; calibrated."""
 
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from defense.detectors.search import CleanInputs, Coherence, Search, Sighting, s
 from defense.errors import DataError
 from defense.evidence import Incident
 from defense.records import Case, Flags
+
+logger = logging.getLogger(__name__)
 
 
 class NormalisedInfluence(RowDetector, Coherence):
@@ -42,8 +45,8 @@ class NormalisedInfluence(RowDetector, Coherence):
         """See `Detector.detect`.
 
         Raises:
-            DataError: The case has no directions, too few controls that the model gets right for
-                an alarm, or fewer than two rows to compare an affected input with.
+            DataError: The case has no directions, too few controls for an alarm, or fewer than
+                two rows to compare an affected input with.
         """
         directions, controls = case.directions, case.controls
         if directions is None or controls is None:
@@ -52,7 +55,7 @@ class NormalisedInfluence(RowDetector, Coherence):
                 "controls, got none; run: dvc repro directions"
             )
         case = narrowed(case, self.affected)
-        clean = CleanInputs(case.model, controls, generator)
+        clean = CleanInputs(controls, generator)
         search = Search(self, case.train, directions, clean, everywhere=self.rows == "all")
         suspicion, incidents = np.full(len(case.train), np.nan, np.float32), list[Incident]()
         for label in np.unique(_labels(case)):
@@ -76,7 +79,8 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
     """
     bench, numbers = search.bench(label), np.flatnonzero(_labels(case) == label)
     original = np.flatnonzero(case.queries.changed("none"))[numbers]
-    starts = starts_of(bench.rows, case.queries.images[torch.from_numpy(original)], label)
+    images = case.queries.images[torch.from_numpy(original)]
+    starts = starts_of(bench.rows, images, label)
     for group in together([bench.grow(start) for start in starts], bench.null):
         seen = [*search.sightings(label, starts[group].mean(0))]
         suspicion = np.full(len(case.train), np.nan, dtype=np.float32)
@@ -85,7 +89,25 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
             above = _above(sighting, search.settings.alarm)
             suspicion[places] = np.fmax(suspicion[places], above)
         affected = tuple(int(number) for number in numbers[group])
-        yield _incident(search, affected, label, seen), suspicion
+        incident = _incident(search, affected, label, seen)
+        enrichment = tuple(search.enrichment(images[group], label).tolist())
+        _warn(enrichment, label, case.train.class_names)
+        yield replace(incident, enrichment=enrichment), suspicion
+
+
+def _warn(enrichment: tuple[float, ...], label: int, names: Sequence[str]) -> None:
+    """Warn where rows with another label cohere most with the affected inputs."""
+    most = int(np.argmax(enrichment))
+    if enrichment[most] > enrichment[label]:
+        logger.warning(
+            "rows labelled %s are %.1f times as frequent among those that cohere most with the "
+            "affected inputs as among all, rows labelled %s, the predicted label, %.1f times; to "
+            "look among all rows set detector.rows to all",
+            names[most],
+            enrichment[most],
+            names[label],
+            enrichment[label],
+        )
 
 
 def _above(sighting: Sighting, alarm: float) -> Reals:

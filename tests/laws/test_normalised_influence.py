@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 
 from defense.detectors.coherence import Block, Rows
-from defense.detectors.controls import Controls, exceedance
+from defense.detectors.controls import Controls, exceedance, local_rates
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.errors import DataError
 from defense.records import Case, Flags, ImageSet, Queries
@@ -96,6 +97,21 @@ def test_finds_nothing_for_an_input_without_a_block() -> None:
     assert flags.incidents[0].p_value > 0.02
     assert flags.incidents[0].num_flagged == 0
     assert flags.incidents[0].p_value_left is None
+
+
+def test_says_which_labels_an_input_points_to_and_warns_if_it_is_another(caplog) -> None:
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    (incident,) = detect(case).incidents
+    counts = np.bincount(LABELS, minlength=4)
+    assert np.argmax(incident.enrichment) == 1
+    assert np.dot(incident.enrichment, counts) / SIZE == pytest.approx(1)
+    assert not caplog.records
+    others = np.flatnonzero(LABELS == 2)[:60]
+    (incident,) = detect(case_of(vectors_with(others), [towards(0, 3)], LABELS)).incidents
+    assert np.argmax(incident.enrichment) == 2
+    assert "set detector.rows to all" in caplog.text
+    flags = detect(case_of(vectors_with(others), [towards(0, 3)], LABELS), rows="all")
+    assert flags.mask[others].mean() > 0.95
 
 
 def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:
@@ -207,22 +223,45 @@ def test_a_control_is_not_compared_with_itself() -> None:
     np.testing.assert_array_equal(controls.null(block, without=4), expected)
 
 
+def test_local_rates_are_the_share_of_clean_rows_around_a_p_value() -> None:
+    rng = np.random.default_rng(0)
+    p_values = np.concatenate([rng.uniform(size=200_000), rng.beta(0.1, 1, size=20_000)])
+    rates = local_rates(p_values)
+    order = np.argsort(p_values)
+    assert (np.diff(rates[order]) >= 0).all()
+    for wanted in (1e-4, 1e-3, 1e-2):
+        place = order[np.searchsorted(p_values[order], wanted)]
+        density = (10 + 0.1 * wanted**-0.9) / 11
+        assert rates[place] == pytest.approx(1 / density, rel=0.2)
+
+
+def test_a_clean_row_far_from_a_block_is_not_flagged_for_its_sake() -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.normal(size=(400, SIZE)).astype(np.float32)
+    scores = np.median(rng.normal(size=(16, SIZE)), axis=0).astype(np.float32)
+    scores[:200] = rng.normal(3, 0.2, 200)
+    scores[200] = 0.95  # beyond nearly all controls, and far from the block
+    block = Block(scores, scores, np.arange(16))
+    found = Controls(starts, 0.05).discoveries(block)
+    np.testing.assert_array_equal(np.flatnonzero(found), np.arange(200))
+    p_values = exceedance(Controls(starts, 0.05).null(block), scores)
+    assert (false_discovery_control(p_values) <= 0.05)[200]
+
+
 def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
     controls = Controls(np.ones((30, 9), dtype=np.float32), 0.05)
     assert np.isfinite(controls.standardised(np.linspace(-1, 1, 9, dtype=np.float32))).all()
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_label_without_rows_and_a_model_that_gets_nothing_right_are_refused(count: int) -> None:
+def test_a_label_without_rows_or_without_controls_is_refused(count: int) -> None:
     labels = np.where(np.arange(SIZE) < count, 1, 2)
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], labels)
     with pytest.raises(
         DataError, match=f"two or more rows with the label b .* got {count}; set rows"
     ):
         detect(case)
-    with pytest.raises(DataError, match=r"20 or more clean inputs of class b .* got 0"):
-        detect(case, rows="all")
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
-    wrong = replace(case.controls, labels=(case.controls.labels + 1) % 4)
-    with pytest.raises(DataError, match=r"20 or more clean inputs of class b .* got 0"):
-        detect(replace(case, controls=wrong))
+    others = case.controls.where(case.controls.labels != 1)
+    with pytest.raises(DataError, match="20 or more clean inputs of class b, got 0"):
+        detect(replace(case, controls=others))

@@ -14,7 +14,7 @@ from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings
 from defense.storage import load_scan, save_scan
 from tests.conftest import make_images
-from tests.laws.test_detectors import Flat, Vectors, unit
+from tests.laws.test_detectors import Vectors, unit
 from tests.laws.test_normalised_influence import SIZE, towards, vectors_with
 
 LABELS = np.arange(SIZE) % 4
@@ -46,8 +46,7 @@ def scanner_of(
             return lambda images: np.zeros(len(images), dtype=np.int64)
         return lambda images: np.array([answers[name] for name in images.ids])
 
-    model = Flat(train, np.zeros(SIZE, bool)).eval()
-    clean = CleanInputs(model, make_images(800, seed=8), torch.Generator().manual_seed(0))
+    clean = CleanInputs(make_images(800, seed=8), torch.Generator().manual_seed(0))
     scanner = Scanner(
         ScanSettings(**options), train, Vectors(vectors, known or {}), clean, independent
     )
