@@ -3,8 +3,8 @@
 ``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 2-11`` trains a
 suspect model per seed (20,000 rows, a narrow ResNet-9), measures it and keeps a small file per
 model in the work folder; each call adds all that is there to benchmarks/results/detection.json
-and docs/detection.md. Settings were chosen on ``badnets_*`` and ``clean`` with seed 0, and one was
-changed after seed 1: both are refused here.
+and docs/detection.md. Settings were chosen on seed 0, some after a look at seed 1: both are
+refused here.
 """
 
 import json
@@ -32,8 +32,8 @@ from defense.attacks.smooth import Smooth
 from defense.compute import seeded
 from defense.contracts import Attack, Trainer
 from defense.datasets.folder import Folder
-from defense.detectors.normalised_influence import together
-from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
+from defense.detectors.normalised_influence import NormalisedInfluence, together
+from defense.detectors.search import Bench, CleanInputs, Coherence, Search, Sighting, starts_of
 from defense.evidence import Directions, Scan
 from defense.influence.directions import StoredDirections
 from defense.influence.factors import FactorSettings, fit_factors
@@ -96,7 +96,7 @@ class Suspect:
             result |= poisoned.truth.poisoned
         return result
 
-    def search(self, settings: ScanSettings) -> Search:
+    def search(self, settings: Coherence) -> Search:
         """Prepare to search, with the test set for controls."""
         return Search(settings, self.train, self.directions, self.clean())
 
@@ -171,7 +171,7 @@ def investigations(suspect: Suspect) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"psr": success, "investigations": {}}
     for rate in RATES if all(map(len, chosen)) else ():
-        search, runs = suspect.search(ScanSettings(false_discovery_rate=rate)), []
+        search, runs = suspect.search(NormalisedInfluence(false_discovery_rate=rate)), []
         for poisoned, images in zip(suspect.poisoned, chosen, strict=True):
             runs += investigated(search, suspect, poisoned, images)
         found["investigations"][f"{rate:g}"] = runs
@@ -204,7 +204,7 @@ def told_apart(suspect: Suspect, chosen: Sequence[Tensor]) -> dict[str, int]:
     """Give inputs of all attacks at once; count incidents, and those that mix attacks."""
     owner = np.repeat(np.arange(len(chosen)), [len(images) for images in chosen])
     label = suspect.poisoned[0].truth.target_class
-    bench = suspect.search(ScanSettings()).bench(label)
+    bench = suspect.search(NormalisedInfluence()).bench(label)
     starts = starts_of(bench.rows, torch.cat([*chosen]), label)
     groups = together([bench.grow(start) for start in starts], bench.null)
     mixed = sum(len({*owner[group].tolist()}) > 1 for group in groups)
@@ -243,7 +243,7 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
 
     Half of them are drawn among all inputs, half among those that the model gets wrong.
     """
-    test, settings = suspect.split.test, ScanSettings()
+    test, settings = suspect.split.test, NormalisedInfluence()
     order = torch.randperm(len(test), generator=seeded(suspect.seed, "innocent")).numpy()
     wrong = order[predicted[order] != test.labels[order]]
     chosen = np.unique(np.concatenate([order[: INNOCENT // 2], wrong[: INNOCENT // 2]]))

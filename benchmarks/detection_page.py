@@ -16,6 +16,8 @@ TITLES = {
     "smooth_025": "smooth 0.25 %",
     "blended_1": "Blended 1 %",
     "blended_025": "Blended 0.25 %",
+    "sig_1": "SIG 1 %",
+    "two": "BadNet and Blended, 1 % each",
 }
 NONE = "–"
 
@@ -49,12 +51,14 @@ def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> li
 
 def investigated(found: list[dict[str, Any]]) -> list[str]:
     """One affected input at a time, at the default false-discovery rate."""
-    runs = [run for model in found for run in model.get("investigations", {}).get("0.02", [])]
+    runs = [run for model in found for run in model.get("investigations", {}).get("0.05", [])]
+    apart = [model["apart"] for model in found if "apart" in model]
     return [
-        spread(model.get("psr") for model in found),
+        spread(rate for model in found for rate in model.get("psr", ())),
         f"{sum(run['found'] for run in runs)} of {len(runs)}" if runs else NONE,
         spread(run["tpr"] for run in runs),
         spread(run["precision"] for run in runs),
+        f"{sum(not a['mixed'] for a in apart)} of {len(apart)}" if apart else NONE,
         f"{sum(m['innocent']['alarms'] for m in found)} of "
         f"{sum(m['innocent']['inputs'] for m in found)}",
     ]
@@ -98,7 +102,15 @@ def page(models: Models) -> str:
     """Write all tables."""
     scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks",
                  "epochs", "with factors and directions"]  # fmt: skip
-    one = ["attack", "PSR", "found", "recall", "precision", "alarms on innocent inputs"]
+    one = [
+        "attack",
+        "PSR",
+        "found",
+        "recall",
+        "precision",
+        "attacks told apart",
+        "alarms on innocent inputs",
+    ]
     rates = [f"{what} at {rate} %" for rate in (2, 5, 10) for what in ("false flags", "inside")]
     parts = (
         ("One affected input", table(one, each(models, investigated))),

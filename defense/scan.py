@@ -19,7 +19,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 
 from defense.compute import progress
 from defense.contracts import Architecture
-from defense.detectors.coherence import Reals
+from defense.detectors.coherence import Block, Reals
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
 from defense.errors import DataError
@@ -43,6 +43,7 @@ class ScanSettings(Coherence):
     """How a scan looks for blocks and judges them.
 
     Attributes:
+        num_controls: See `Coherence`; fewer, because there is one such class after the other.
         attempts: Places per class where a block is sought.
         candidates: Rows of a class, at random, that may be such a place.
         smallest: Rows of a block at least; fewer are not judged.
@@ -52,6 +53,7 @@ class ScanSettings(Coherence):
         held_out: Rows per class that it never sees, for comparison with those of a block.
     """
 
+    num_controls: int = Field(500, gt=0)
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(16, gt=1)
@@ -111,7 +113,7 @@ class Scanner:
         return Scan(self._judged(blocks, seed), (), self.settings.alarm, unchecked)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
-        """Look for blocks that inputs point to, and for the inputs whose prediction they dictate.
+        """Look for blocks, also where inputs point to, and for inputs that blocks dictate.
 
         Args:
             images: The inputs; their labels are not used.
@@ -124,7 +126,8 @@ class Scanner:
             bench = self.search.bench(label)
             own = images.images(np.flatnonzero(predicted == label))
             starts[label] = starts_of(bench.rows, own, label)
-            blocks += self._blocks(label, self._pointing(bench, starts[label]))
+            pointing = self._pointing(bench, starts[label])
+            blocks += self._blocks(label, pointing, self._dense(label, seed))
         judged = self._judged(blocks, seed)
         pointed = list[PointedInput]()
         for number, block in enumerate(blocks):
@@ -182,23 +185,22 @@ class Scanner:
         depth = np.partition(standard, -kept, axis=1)[:, -kept]
         yield from starts[np.argsort(-depth, kind="stable")]
 
-    def _blocks(self, label: int, starts: Iterator[Reals]) -> Iterator[Suspicion]:
-        """Grow blocks from some places; a place whose seeds are known is no new attempt."""
+    def _blocks(self, label: int, *kinds: Iterator[Reals]) -> Iterator[Suspicion]:
+        """Grow blocks from some places of every kind, as long as their seeds are new."""
         bench, known = self.search.bench(label), set[int]()
-        attempts = 0
-        for start in itertools.islice(starts, TRIES * self.settings.attempts):
-            block = bench.grow(start)
-            if len(known.intersection(block.seeds.tolist())) > len(block.seeds) / 2:
-                continue
+        for block in itertools.chain(*(self._grown(bench, starts, known) for starts in kinds)):
             finding = bench.null.judge(bench.rows, block, self.settings.rounds)
             members = np.flatnonzero(finding.flagged)
             known |= {*block.seeds.tolist(), *members.tolist()}
             if len(members) >= self.settings.smallest:
                 clean = float(bench.null.null(finding.block).max())
                 yield Suspicion(label, bench.rows.places[members], finding, clean)
-            attempts += 1
-            if attempts == self.settings.attempts:
-                break
+
+    def _grown(self, bench: Bench, starts: Iterator[Reals], known: set[int]) -> Iterator[Block]:
+        """Yield what grows from some places; one that leads to known seeds is no attempt."""
+        grown = map(bench.grow, itertools.islice(starts, TRIES * self.settings.attempts))
+        fresh = (block for block in grown if len(known & {*block.seeds}) <= len(block.seeds) / 2)
+        return itertools.islice(fresh, self.settings.attempts)
 
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""

@@ -40,7 +40,7 @@ class Coherence(Method):
 
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
     alarm: float = Field(0.01, gt=0, lt=1)
-    num_controls: int = Field(500, gt=0)
+    num_controls: int = Field(1000, gt=0)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
 

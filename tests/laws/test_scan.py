@@ -167,6 +167,12 @@ def test_inputs_without_a_block_give_nothing_away() -> None:
     assert (scan.verdict, scan.inputs) == ("nothing suspected", ())
 
 
+def test_a_block_that_no_input_points_to_is_found_all_the_same() -> None:
+    inputs = make_images(60, seed=31)
+    scan = scanner_of(vectors_with(BLOCK)).inputs(inputs, np.arange(60) % 4, seed=0)
+    assert (rows_of(scan), scan.inputs) == ([(1, True)], ())
+
+
 def test_candidates_bound_the_work_and_still_find_a_block() -> None:
     block = np.flatnonzero(LABELS == 1)[::4]  # a quarter of its class
     scan = scanner_of(vectors_with(block), planted=block, candidates=60).rows(seed=0)
