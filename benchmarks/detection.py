@@ -10,147 +10,63 @@ refused here.
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
+from benchmarks.repairs import repaired
+from benchmarks.suspects import ARCHITECTURE, ATTACKS, RECIPE, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
 from defense.artifacts import write_json
-from defense.attacks.badnets import BadNets
-from defense.attacks.blended import Blended
-from defense.attacks.sig import Sig
-from defense.attacks.smooth import Smooth
-from defense.compute import seeded
-from defense.contracts import Attack, Trainer
-from defense.datasets.folder import Folder
+from defense.compute import runs_on, seeded
 from defense.detectors.normalised_influence import NormalisedInfluence, together
-from defense.detectors.search import Bench, CleanInputs, Coherence, Search, Sighting, starts_of
-from defense.evidence import Directions, Scan
-from defense.influence.directions import StoredDirections
-from defense.influence.factors import FactorSettings, fit_factors
-from defense.influence.store import DirectionSettings, build_store
-from defense.models.resnet import ResNet9
+from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
+from defense.detectors.subpopulation import subpopulation
+from defense.evidence import Scan
 from defense.prediction import predict
-from defense.recipe import Recipe
-from defense.records import ImageSet, Mask, PoisonedSplit, Split, Truth
+from defense.records import Mask, PoisonedSplit, Truth
 from defense.scan import Scanner, ScanSettings, independent_of
-from defense.victim import make_surrogate, make_trainer
-
-T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack <attack> --seeds <seeds>"
-ARCHITECTURE = ResNet9(width=24)
-RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, precision="bf16")
-DATA = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000)
-FACTORS = FactorSettings(batch_size=128, max_rows=2000)
-PAIR = {"victim_class": "ship", "target_class": "dog"}
-ATTACKS: dict[str, tuple[Attack, ...]] = {
-    "clean": (),
-    "badnets_1": (BadNets(poison_fraction=0.01, **PAIR),),
-    "badnets_025": (BadNets(poison_fraction=0.0025, **PAIR),),
-    "badnets_01": (BadNets(poison_fraction=0.001, **PAIR),),
-    "badnets_all": (BadNets(poison_fraction=0.01, target_class="dog"),),
-    "smooth_1": (Smooth(poison_fraction=0.01, **PAIR),),
-    "smooth_025": (Smooth(poison_fraction=0.0025, **PAIR),),
-    "blended_1": (Blended(poison_fraction=0.01, **PAIR),),
-    "blended_025": (Blended(poison_fraction=0.0025, **PAIR),),
-    "sig_1": (Sig(poison_fraction=0.01, target_class="dog"),),
-    "two": (
-        BadNets(poison_fraction=0.01, **PAIR),
-        Blended(poison_fraction=0.01, victim_class="truck", target_class="dog"),
-    ),
-}
 FIRST = 2  # seed that no setting was chosen on
-AFFECTED, INNOCENT = 10, 60  # inputs that are investigated
+INNOCENT = 60  # inputs that are investigated
 RATES = (0.02, 0.05, 0.1)  # false-discovery rates
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """A suspect model with its data, and the seconds that its parts took."""
+def measure(suspect: Suspect, *, repair: bool = False, alone: bool = False) -> dict[str, Any]:
+    """Measure everything about one suspect.
 
-    name: str
-    seed: int
-    split: Split
-    poisoned: tuple[PoisonedSplit, ...]
-    train: ImageSet
-    model: nn.Module
-    directions: Directions
-    seconds: dict[str, float]
-
-    @property
-    def planted(self) -> Mask:
-        """Rows that are poison of any attack."""
-        result = np.zeros(len(self.train), dtype=np.bool_)
-        for poisoned in self.poisoned:
-            result |= poisoned.truth.poisoned
-        return result
-
-    def search(self, settings: Coherence) -> Search:
-        """Prepare to search, with the test set for controls."""
-        return Search(settings, self.train, self.directions, self.clean())
-
-    def clean(self) -> CleanInputs:
-        """Take the test set for controls."""
-        return CleanInputs(self.split.test, seeded(self.seed, "controls"))
-
-
-def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
-    """Do something and note how long it took."""
-    start = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - start
-    return result
-
-
-def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
-    """Plant attacks, train on them, fit factors and store directions."""
-    split, poisoned, seconds = DATA.load(seeded(seed, "data")), [], dict[str, float]()
-    surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
-    train = split.train
-    for attack in ATTACKS[name]:
-        before = replace(split, train=train)
-        poisoned.append(attack.poison(before, seeded(seed, "attack"), surrogate))
-        train = poisoned[-1].train
-    trainer = trainer_of(seed, "suspect", scratch)
-    model = timed(seconds, "train", lambda: trainer.fit(train).model)
-    fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
-    factors = timed(seconds, "factors", fit)
-    kept = DirectionSettings().store()
-    store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
-    directions = StoredDirections(store, store.sketcher(model, factors))
-    return Suspect(name, seed, split, tuple(poisoned), train, model, directions, seconds)
-
-
-def trainer_of(seed: int, stream: str, scratch: Path | None) -> Trainer:
-    """Bind the training of all suspects to a stream of randomness."""
-    return make_trainer(ARCHITECTURE, RECIPE, seed=seed, stream=stream, scratch=scratch)
-
-
-def measure(suspect: Suspect) -> dict[str, Any]:
-    """Measure everything about one suspect."""
+    Args:
+        suspect: The model and its data.
+        repair: Remove what is flagged, too, and measure what is left of the attack.
+        alone: Nothing else runs on the machine, so that times mean something.
+    """
     test, train = suspect.split.test, suspect.train
     predicted = predict(suspect.model, test, label="test")
+    whole = suspect.search(NormalisedInfluence())
     facts: dict[str, Any] = {
         "hardware": hardware()["processor"],
+        **runs_on(),
         "attack": suspect.name,
         "seed": suspect.seed,
         "accuracy": float((predicted == test.labels).mean()),
         "planted": int(suspect.planted.sum()),
         "innocent": innocents(suspect, predicted),
+        "classes": [as_a_whole(whole, label, suspect.planted) for label in range(10)],
+        "alone": alone,
     }
     if suspect.poisoned:
         facts |= investigations(suspect)
+        facts |= {"repair": repaired(suspect)} if repair else {}
     settings = ScanSettings()
     judge = independent_of(ARCHITECTURE, RECIPE, suspect.seed, None)
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
@@ -170,21 +86,19 @@ def investigations(suspect: Suspect) -> dict[str, Any]:
         *(fooled(suspect, poisoned) for poisoned in suspect.poisoned), strict=True
     )
     found: dict[str, Any] = {"psr": success, "investigations": {}}
-    for rate in RATES if all(map(len, chosen)) else ():
+    if not all(map(len, chosen)):
+        return found
+    images = [
+        attack.probe.images(own) for attack, own in zip(suspect.poisoned, chosen, strict=True)
+    ]
+    for rate in RATES:
         search, runs = suspect.search(NormalisedInfluence(false_discovery_rate=rate)), []
-        for poisoned, images in zip(suspect.poisoned, chosen, strict=True):
-            runs += investigated(search, suspect, poisoned, images)
+        for poisoned, own in zip(suspect.poisoned, images, strict=True):
+            runs += investigated(search, suspect, poisoned, own)
         found["investigations"][f"{rate:g}"] = runs
-    if len(chosen) > 1 and all(map(len, chosen)):
-        found["apart"] = told_apart(suspect, chosen)
+    if len(images) > 1:
+        found["apart"] = told_apart(suspect, images)
     return found
-
-
-def fooled(suspect: Suspect, poisoned: PoisonedSplit) -> tuple[Tensor, float]:
-    """Draw images that an attack succeeds with: ``[q, c, h, w]``; and its success rate."""
-    hit = predict(suspect.model, poisoned.probe, label="probe") == poisoned.truth.target_class
-    drawn = torch.randperm(int(hit.sum()), generator=seeded(suspect.seed, "affected")).numpy()
-    return poisoned.probe.images(np.flatnonzero(hit)[drawn[:AFFECTED]]), float(hit.mean())
 
 
 def investigated(
@@ -259,13 +173,32 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
     return {"inputs": len(chosen), "alarms": int(alarms)}
 
 
+def as_a_whole(search: Search, label: int, planted: Mask) -> dict[str, Any]:
+    """Ask about a class as a whole, as every investigation does, and compare with the truth."""
+    seen = subpopulation(search, label, np.zeros_like(planted))
+    assert seen is not None
+    found = seen.found(search.settings)
+    hits, all_flags = int(planted[seen.rows].sum()) * found, len(seen.rows) * found
+    low, high = seen.finding.expected_false[1:]
+    return {
+        "label": label,
+        "planted": int(planted[seen.places].sum()),
+        "found": found,
+        "flagged": all_flags,
+        "hits": hits,
+        "chance": seen.finding.chance,
+        "inside": bool(low <= all_flags - hits <= high) if found else None,
+    }
+
+
 def scanned(scan: Scan, suspect: Suspect) -> dict[str, Any]:
     """Compare what a scan suspects with the truth."""
     rows = np.zeros(len(suspect.train), dtype=np.bool_)
     for block in scan.suspected:
         rows |= block.rows
     hits = int((rows & suspect.planted).sum())
-    keep = ("label", "coherence", "clean_coherence", "agreement", "usual_agreement", "p_value")
+    keep = ("label", "coherence", "clean_coherence", "agreement", "usual_agreement", "p_value",
+            "lacking")  # fmt: skip
     blocks = [
         {name: getattr(block, name) for name in (*keep, "suspected")}
         | {"rows": int(block.rows.sum()), "planted": int(suspect.planted[block.rows].sum())}
@@ -289,8 +222,10 @@ def numbers(text: str) -> list[int]:
 @click.command()
 @click.option("--attack", "names", multiple=True, type=click.Choice(tuple(ATTACKS)))
 @click.option("--seeds", default="2-4", show_default=True, help="Such as 2-4,7.")
+@click.option("--repair", is_flag=True, help="Measure repairs, too.")
+@click.option("--alone", is_flag=True, help="Nothing else runs here: tell times.")
 @click.option("--work", default=ROOT / "scratch" / "detection", type=click.Path(path_type=Path))
-def main(names: tuple[str, ...], seeds: str, work: Path) -> None:
+def main(names: tuple[str, ...], seeds: str, *, repair: bool, alone: bool, work: Path) -> None:
     """Measure what has not been measured, and write down all that was."""
     work.mkdir(parents=True, exist_ok=True)
     for seed in numbers(seeds):
@@ -299,7 +234,8 @@ def main(names: tuple[str, ...], seeds: str, work: Path) -> None:
         for name in names:
             file = work / f"{name}-{seed}.json"
             if not file.exists():
-                facts = measure(make_suspect(name, seed, work / "scratch" / f"{name}-{seed}"))
+                suspect = make_suspect(name, seed, work / "scratch" / f"{name}-{seed}")
+                facts = measure(suspect, repair=repair, alone=alone)
                 write_json(file, facts)
                 print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
     collect(work)

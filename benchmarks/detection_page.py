@@ -44,9 +44,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> list[list[str]]:
-    """Write a row for every attack that was measured."""
+    """Write a row for every attack that was measured, unless it has no cells."""
     measured = ((title, of(models, attack)) for attack, title in TITLES.items())
-    return [[title, *row(found)] for title, found in measured if found]
+    rows = ((title, row(found)) for title, found in measured if found)
+    return [[title, *cells] for title, cells in rows if cells]
 
 
 def investigated(found: list[dict[str, Any]]) -> list[str]:
@@ -75,33 +76,63 @@ def controlled(found: list[dict[str, Any]]) -> list[str]:
     return cells
 
 
+def whole(found: list[dict[str, Any]]) -> list[str]:
+    """Every class as a whole, without an input: those with poison, and those without."""
+    classes = [entry for model in found for entry in model["classes"]]
+    poisoned = [entry for entry in classes if entry["planted"]]
+    clean = [entry for entry in classes if not entry["planted"]]
+    told = [entry for entry in poisoned if entry["found"]]
+    return [
+        f"{len(told)} of {len(poisoned)}" if poisoned else NONE,
+        spread(entry["hits"] / entry["planted"] for entry in told),
+        spread(entry["hits"] / entry["flagged"] for entry in told),
+        f"{sum(entry['inside'] for entry in told)} of {len(told)}" if told else NONE,
+        f"{sum(entry['found'] for entry in clean)} of {len(clean)}",
+    ]
+
+
+def repairs(found: list[dict[str, Any]]) -> list[str]:
+    """Models after removal of what is flagged, beside those that never saw the poison."""
+    parts = [model["repair"] for model in found if model.get("repair")]
+    if not parts:
+        return []
+    cells = [spread(rate for part in parts for rate in part["clean"]["psr"])]
+    for name in ("eu", "cf"):
+        cells.append(spread(rate for part in parts for rate in part[name]["psr"]))
+        loss = (part["clean"]["accuracy"] - part[name]["accuracy"] for part in parts)
+        cells.append(spread(loss))
+    return cells
+
+
 def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
     """Alarms of a scan, and what it finds."""
 
     def row(found: list[dict[str, Any]]) -> list[str]:
         parts = [model[kind] for model in found]
-        share = (model["seconds"][kind] / model["seconds"]["epoch"] for model in found)
-        whole = (
-            sum(model["seconds"][part] for part in ("factors", "directions", kind))
-            / model["seconds"]["epoch"]
-            for model in found
-        )
         return [
             f"{sum(part['alarm'] for part in parts)} of {len(parts)}",
             spread(part["tpr"] for part in parts),
             spread(part["precision"] for part in parts),
             spread((sum(not b["suspected"] for b in part["blocks"]) for part in parts), 1.0),
-            spread(share, 1.0),
-            spread(whole, 1.0),
         ]
 
     return row
 
 
+def times(found: list[dict[str, Any]]) -> list[str]:
+    """Epochs of training that parts take, of models that were measured alone on a machine."""
+    seconds = [model["seconds"] for model in found if model["alone"]]
+    prepared = ("factors", "directions")
+    cells = [
+        spread((sum(own.get(part, 0) for part in parts) / own["epoch"] for own in seconds), 1.0)
+        for parts in (prepared, ("investigation",), (*prepared, "scan"), (*prepared, "scan_inputs"))
+    ]
+    return cells if seconds else []
+
+
 def page(models: Models) -> str:
     """Write all tables."""
-    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks",
-                 "epochs", "with factors and directions"]  # fmt: skip
+    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks"]
     one = [
         "attack",
         "PSR",
@@ -112,10 +143,19 @@ def page(models: Models) -> str:
         "alarms on innocent inputs",
     ]
     rates = [f"{what} at {rate} %" for rate in (2, 5, 10) for what in ("false flags", "inside")]
+    classes = ["attack", "poisoned classes found", "recall", "precision", "inside",
+               "alarms on clean classes"]  # fmt: skip
+    after = ["attack", "PSR without poison", "PSR after EU", "accuracy lost by EU", "PSR after CF",
+             "accuracy lost by CF"]  # fmt: skip
+    cost = ["attack", "factors and directions", "investigation", "scan with both",
+            "scan from 10,000 inputs with both"]  # fmt: skip
     parts = (
         ("One affected input", table(one, each(models, investigated))),
         ("False discoveries", table(["attack", *rates], each(models, controlled))),
+        ("A class as a whole", table(classes, each(models, whole))),
+        ("After removal", table(after, each(models, repairs))),
         ("Scan of the training set alone", table(scan_head, each(models, scans("scan")))),
         ("Scan from untriggered inputs", table(scan_head, each(models, scans("scan_inputs")))),
+        ("Cost in epochs", table(cost, each(models, times))),
     )
     return "\n".join(f"### {title}\n\n{text}" for title, text in parts)

@@ -44,11 +44,12 @@ from defense.attacks.badnets import BadNets
 from defense.checkpoints import digest_of_images, source_digest
 from defense.compute import seeded, trim_memory
 from defense.datasets.folder import Folder
+from defense.influence.directions import query_store
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.forecast import Forecast
 from defense.influence.queries import TransformSettings, make_queries
 from defense.influence.scores import ScoreSettings, compute_influence
-from defense.influence.store import StoreSettings, build_store, load_store, probe_rows, query_store
+from defense.influence.store import StoreSettings, build_store, load_store, probe_rows
 from defense.influence.task import CLASSIFICATION
 from defense.models.assemble import build_model
 from defense.models.resnet import ResNet9, ResNet18

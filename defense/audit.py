@@ -211,6 +211,7 @@ def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:
             said=names[block.said],
             p_value=block.p_value,
             suspected=block.suspected,
+            lacking=block.lacking,
             planted=rate(exhibits.truth.poisoned[block.rows]),
             removed=rate(exhibits.flags.mask[block.rows]),
         )

@@ -30,25 +30,41 @@ class Directions(Protocol):
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine of some rows with every row: ``[m, n]``."""
 
-    def inputs(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """Cosine of inputs, by the margin of a label each, with every row: ``[q, n]``.
+    def less(self, vectors: NDArray[np.float32]) -> Self:
+        """See rows and inputs from the mean of some directions, and normalise them again.
+
+        What all of them have in common, as the pictures of a class have, no longer counts.
+
+        Args:
+            vectors: From `vectors`, ``[q, k]``.
+        """
+
+    def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """Directions of inputs, by the margin of a label each: ``[q, k]``.
 
         Args:
             images: float32 ``[q, c, h, w]`` in [0, 1].
             labels: int64 ``[q]``.
         """
 
+    def towards(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine of directions from `vectors`, ``[q, k]``, with every row: ``[q, n]``."""
+
 
 @dataclass(frozen=True)
 class Incident:
     """Affected inputs that implicate the same rows, judged against controls.
 
+    Without affected inputs it is the label as a whole that is judged: whether its rows have
+    something in common that clean inputs lack.
+
     Attributes:
-        affected: Numbers of the affected inputs.
+        affected: Numbers of the affected inputs; none if it is the label as a whole.
         label: The label they were given.
         p_value: Share of controls that cohere as much with the rows flagged for them, counting
-            the incident as one.
-        num_controls: Clean inputs that went through the same procedure.
+            the incident as one. Of a label as a whole: chance of as many false flags.
+        num_controls: Clean inputs that went through the same procedure, or that the rows of a
+            label as a whole were compared with.
         num_flagged: Rows that are flagged; none if the verdict is that nothing was found.
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
@@ -95,7 +111,10 @@ class FoundBlock:
         said_share: The share that is.
         p_value: Chance of so little agreement, were they rows like those others (Fisher's exact
             test).
-        suspected: Whether they were planted, by that test, all blocks counted.
+        suspected: Whether they were planted, by that test, all blocks counted; or because clean
+            inputs lack what they have in common.
+        lacking: Of rows that have in common what clean inputs lack: chance that as many clean
+            rows seem to. None of a block that coheres by itself.
     """
 
     label: int
@@ -110,6 +129,7 @@ class FoundBlock:
     said_share: float
     p_value: float
     suspected: bool
+    lacking: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,10 @@ class IncidentQuality(Part):
     """Affected inputs that implicate the same rows, as the detector judged them.
 
     Attributes:
-        affected: Ids of the affected inputs.
+        affected: Ids of the affected inputs; none if it is the label as a whole that is judged.
         label: The label they were given.
-        p_value: Share of clean inputs whose rows cohere as much, by the same procedure.
+        p_value: Share of clean inputs whose rows cohere as much, by the same procedure. Of a
+            label as a whole: chance of as many false flags.
         num_controls: Those clean inputs.
         num_flagged: Rows that were flagged.
         false_discovery_rate: Share of false flags that was promised.
@@ -129,6 +130,8 @@ class BlockQuality(Part):
         said: The label that it gives to most of them.
         p_value: Chance of so little agreement, were they rows like those others.
         suspected: Whether they seem to be planted.
+        lacking: Of rows that have in common what clean inputs lack: chance that as many clean
+            rows seem to; None of a block that coheres by itself.
         planted: Those that were, by the truth.
         removed: Those that were flagged and removed.
     """
@@ -144,6 +147,7 @@ class BlockQuality(Part):
     suspected: bool
     planted: Rate
     removed: Rate
+    lacking: float | None = None
 
     @property
     def is_open(self) -> bool:

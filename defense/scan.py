@@ -3,7 +3,8 @@
 Poisons of one attack cohere with each other as nothing else in their class does. A scan looks for
 such blocks, in the training set alone or where inputs point to, and asks a model that never saw
 the rows of a block whether it would give them their label: natural blocks, such as pictures of
-one car, carry the label that others teach, too; planted ones do not.
+one car, carry the label that others teach, too; planted ones do not. Poison with correct labels
+passes that test; it is sought as rows of a class that have in common what its clean inputs lack.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from defense.contracts import Architecture
 from defense.detectors.coherence import Block, Reals
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
+from defense.detectors.subpopulation import subpopulation
 from defense.errors import DataError
 from defense.evidence import Directions, FoundBlock, PointedInput, Scan
 from defense.prediction import predict
@@ -36,6 +38,7 @@ Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for so
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
 TRIES = 10  # places looked at per attempt, as long as they lead to a known block
+KNOWN = 0.5  # share of rows in suspected blocks up to which others are told beside them
 CONTRADICTED = 0.5  # share of the usual agreement up to which labels are contradicted
 
 
@@ -72,12 +75,14 @@ class Suspicion:
         rows: Their numbers in the training set, ascending.
         finding: How much they cohere.
         clean: Largest median cosine of a clean input with it.
+        lacking: See `defense.evidence.FoundBlock`.
     """
 
     label: int
     rows: NDArray[np.int64]
     finding: Finding
     clean: float
+    lacking: float | None = None
 
 
 class Scanner:
@@ -110,7 +115,8 @@ class Scanner:
         blocks = [
             block for label in labels for block in self._blocks(label, self._dense(label, seed))
         ]
-        return Scan(self._judged(blocks, seed), (), self.settings.alarm, unchecked)
+        judged = self._judged(blocks + self._lacking(checked), seed)
+        return Scan(judged, (), self.settings.alarm, unchecked)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
         """Look for blocks, also where inputs point to, and for inputs that blocks dictate.
@@ -128,7 +134,7 @@ class Scanner:
             starts[label] = starts_of(bench.rows, own, label)
             pointing = self._pointing(bench, starts[label])
             blocks += self._blocks(label, pointing, self._dense(label, seed))
-        judged = self._judged(blocks, seed)
+        judged = self._judged(blocks + self._lacking(checked), seed)
         pointed = list[PointedInput]()
         for number, block in enumerate(blocks):
             places = np.flatnonzero(predicted == block.label)
@@ -202,6 +208,16 @@ class Scanner:
         fresh = (block for block in grown if len(known & {*block.seeds}) <= len(block.seeds) / 2)
         return itertools.islice(fresh, self.settings.attempts)
 
+    def _lacking(self, labels: list[int]) -> list[Suspicion]:
+        """List rows of classes that have in common what clean inputs of them lack."""
+        found = list[Suspicion]()
+        for label in labels:
+            seen = subpopulation(self.search, label, self._any([]))
+            if seen is not None and seen.found(self.settings):
+                clean = float(seen.null.null(seen.finding.block).max())
+                found.append(Suspicion(label, seen.rows, seen.finding, clean, seen.finding.chance))
+        return [block for block in found if len(block.rows) >= self.settings.smallest]
+
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""
         settled, null = block.finding.block, self.search.bench(block.label).null
@@ -217,7 +233,7 @@ class Scanner:
         if not blocks:
             return ()
         labels, rng = self.train.labels, np.random.default_rng(seed)
-        suspect = np.logical_or.reduce([self._mask(block) for block in blocks])
+        suspect = self._any(blocks)
         held = np.zeros_like(suspect)
         for label in sorted({block.label for block in blocks}):
             others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
@@ -235,7 +251,7 @@ class Scanner:
                 break
             epochs = min(4 * epochs, self.settings.max_epochs)
         alarm = self.settings.alarm / len(blocks)
-        return tuple(self._judge(block, said, held, alarm) for block in blocks)
+        return _once(tuple(self._judge(block, said, held, alarm) for block in blocks))
 
     @property
     def competent(self) -> float:
@@ -246,8 +262,15 @@ class Scanner:
         chance = 1 / self.train.num_classes
         return min(2 * chance, (1 + chance) / 2)
 
-    def _mask(self, block: Suspicion) -> Mask:
-        return mask_of(block.rows, len(self.train))
+    def _any(self, blocks: list[Suspicion]) -> Mask:
+        """Tell rows of some blocks from the others, bool ``[n]``."""
+        rows = itertools.chain(*(block.rows for block in blocks))
+        return mask_of(np.fromiter(rows, dtype=np.int64), len(self.train))
+
+    def _lacks(self, block: Suspicion) -> bool:
+        """Tell whether it is of rows that clean inputs lack, all classes counted."""
+        alarm = self.settings.alarm / self.train.num_classes
+        return block.lacking is not None and block.lacking <= alarm
 
     def _judge(
         self, block: Suspicion, said: NDArray[np.int64], held: Mask, alarm: float
@@ -261,7 +284,7 @@ class Scanner:
         agreement, base = float(own.mean()), float(usual.mean()) if len(usual) else 0.0
         return FoundBlock(
             label,
-            self._mask(block),
+            self._any([block]),
             float(np.median(scores)),
             block.clean,
             block.finding.expected_false,
@@ -271,8 +294,23 @@ class Scanner:
             int(votes.argmax()),
             float(votes.max() / len(own)),
             p_value,
-            (p_value <= alarm and agreement <= CONTRADICTED * base) or base < self.competent,
+            (p_value <= alarm and agreement <= CONTRADICTED * base)
+            or base < self.competent
+            or self._lacks(block),
+            block.lacking,
         )
+
+
+def _once(blocks: tuple[FoundBlock, ...]) -> tuple[FoundBlock, ...]:
+    """Leave out rows that clean inputs lack where suspected blocks explain most of them."""
+    explained = [block.rows for block in blocks if block.suspected and block.lacking is None]
+    return tuple(
+        block
+        for block in blocks
+        if block.lacking is None
+        or not explained
+        or np.logical_or.reduce(explained)[block.rows].mean() <= KNOWN
+    )
 
 
 def independent_of(

@@ -224,6 +224,7 @@ def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
             "said": train.class_names[block.said],
             "p_value": block.p_value,
             "suspected": block.suspected,
+            "lacking": block.lacking,
             "inputs": {given.id: given.p_value for given in scan.inputs if given.block == number},
         }
         for number, block in enumerate(scan.blocks)

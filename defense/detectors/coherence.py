@@ -71,6 +71,13 @@ class Rows:
         values[np.arange(len(rows)), rows] = np.nan
         return values
 
+    def mean(self) -> Reals:
+        """Mean cosine of every row with all but itself, ``[n]``."""
+        size = max(1, CHUNK // len(self))
+        parts = np.split(np.arange(len(self)), range(size, len(self), size))
+        means: Reals = np.concatenate([np.nanmean(self.between(part), axis=1) for part in parts])
+        return means
+
     def grow(self, start: Reals, seeds: int, rounds: int) -> Block:
         """Score rows by their cosines with those that cohere most, until these stay the same.
 

@@ -16,9 +16,10 @@ from defense.detectors.candidates import RowDetector, narrowed
 from defense.detectors.coherence import Block, Reals
 from defense.detectors.controls import Controls
 from defense.detectors.search import CleanInputs, Coherence, Search, Sighting, starts_of
+from defense.detectors.subpopulation import subpopulation
 from defense.errors import DataError
 from defense.evidence import Incident
-from defense.records import Case, Flags
+from defense.records import Case, Flags, Mask
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ class NormalisedInfluence(RowDetector, Coherence):
     cohere most with an incident become queries themselves until they stay the same. How clean
     inputs cohere with these says which rows stand out; put through the same procedure, clean
     inputs say whether anything was found at all. What was found is taken out, and what is left
-    is looked at again.
+    is looked at again. At last the class as a whole is looked at, for rows that have something in
+    common that its clean inputs lack: poison with correct labels need not cohere with the
+    affected input.
 
     Attributes:
         affected: Use only the first so many affected inputs; None uses all.
@@ -60,6 +63,9 @@ class NormalisedInfluence(RowDetector, Coherence):
         suspicion, incidents = np.full(len(case.train), np.nan, np.float32), list[Incident]()
         for label in np.unique(_labels(case)):
             for incident, found in _incidents(search, case, int(label)):
+                incidents.append(incident)
+                suspicion = np.fmax(suspicion, found)
+            for incident, found in _of_class(search, int(label), suspicion > 0):
                 incidents.append(incident)
                 suspicion = np.fmax(suspicion, found)
         suspicion = np.where(np.isnan(suspicion), np.nanmin(suspicion), suspicion)
@@ -93,6 +99,32 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
         enrichment = tuple(search.enrichment(images[group], label).tolist())
         _warn(enrichment, label, case.train.class_names)
         yield replace(incident, enrichment=enrichment), suspicion
+
+
+def _of_class(search: Search, label: int, explained: Mask) -> Iterator[tuple[Incident, Reals]]:
+    """Yield what rows of a label have in common that its clean inputs lack, if they can tell.
+
+    Which inputs are affected does not matter to it.
+    """
+    seen = subpopulation(search, label, explained)
+    if seen is None:
+        return
+    suspicion, settings = np.full(len(explained), np.nan, dtype=np.float32), search.settings
+    found, finding = seen.found(settings), seen.finding
+    if found:
+        suspicion[seen.places] = finding.block.scores - finding.threshold
+    yield (
+        Incident(
+            (),
+            label,
+            finding.chance,
+            len(seen.null),
+            int(found * finding.flagged.sum()),
+            settings.false_discovery_rate,
+            finding.expected_false,
+        ),
+        suspicion,
+    )
 
 
 def _warn(enrichment: tuple[float, ...], label: int, names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ REPLAYED = 200  # controls that go through the whole procedure themselves, for t
 SAMPLE = 2**13  # rows of all labels, to see which labels an input points to
 LEADING = 0.01  # of them, those that cohere most with it
 PASSES = 3  # blocks that are taken out one after the other, at most
+INPUTS = 1024  # whose directions are in memory together
 
 
 class Coherence(Method):
@@ -36,6 +37,8 @@ class Coherence(Method):
             classes lend theirs.
         seeds: Rows that become queries.
         rounds: Times they do, at most.
+        subpopulation: Share of a class from which on its rows are told if they have something in
+            common that its clean inputs lack; smaller ones occur naturally.
     """
 
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
@@ -43,6 +46,7 @@ class Coherence(Method):
     num_controls: int = Field(1000, gt=0)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
+    subpopulation: float = Field(0.05, gt=0, le=1)
 
 
 class CleanInputs:
@@ -126,6 +130,7 @@ class Search:
         self.settings, self.train, self.directions = settings, train, directions
         self.clean, self.everywhere = clean, everywhere
         self.benches: dict[int, Bench] = {}
+        self.known: dict[int, Reals] = {}
 
     def bench(self, label: int) -> Bench:
         """Take the rows and controls of a label.
@@ -134,16 +139,27 @@ class Search:
             DataError: Fewer than two rows, or too few controls to tell what chance can do.
         """
         if label not in self.benches:
-            rows = self._rows(label)
+            rows, rate = self._rows(label), self.settings.false_discovery_rate
+            null = Controls(rows.directions.towards(self.controls(label)), rate)
+            self.benches[label] = Bench(self.settings, rows, null)
+        return self.benches[label]
+
+    def controls(self, label: int) -> Reals:
+        """Return directions of clean inputs of a label: ``[q, k]``.
+
+        Raises:
+            DataError: There are too few.
+        """
+        if label not in self.known:
             images = self.clean.of(label, self.settings.num_controls).images()
             if len(images) < FEWEST:
                 raise DataError(
                     f"expected {FEWEST} or more clean inputs of class "
                     f"{self.train.class_names[label]}, got {len(images)}; give a larger test set"
                 )
-            null = Controls(starts_of(rows, images, label), self.settings.false_discovery_rate)
-            self.benches[label] = Bench(self.settings, rows, null)
-        return self.benches[label]
+            labels = torch.full((len(images),), label)
+            self.known[label] = self.directions.vectors(images, labels)
+        return self.known[label]
 
     def _rows(self, label: int) -> Rows:
         chosen = (self.train.labels == label) | self.everywhere
@@ -222,4 +238,9 @@ class Search:
 
 def starts_of(rows: Rows, images: Tensor, label: int) -> Reals:
     """Cosines of inputs with rows, by the margin of a label: ``[q, n]``."""
-    return rows.directions.inputs(images, torch.full((len(images),), label))
+    known = rows.directions
+    parts = [
+        known.towards(known.vectors(part, torch.full((len(part),), label)))
+        for part in images.split(INPUTS)
+    ]
+    return np.concatenate(parts)

@@ -1,23 +1,36 @@
 """Stored directions of rows that answer how rows and inputs cohere."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from defense.compute import batches
+from defense.errors import ArtifactError, DataError
 from defense.influence.sketch import Sketcher
-from defense.influence.store import RowStore, query_store
+from defense.influence.store import RowStore
 from defense.records import Queries
+
+SHORTEST = 1e-3  # length that a direction seen from another origin is taken to have at least
 
 
 @dataclass(frozen=True)
 class StoredDirections:
-    """A row store that can be asked about rows and inputs of a model."""
+    """A row store that can be asked about rows and inputs of a model.
+
+    Attributes:
+        store: The rows.
+        sketcher: Makes vectors of inputs, from `RowStore.sketcher`.
+        origin: From where directions are seen, float32 ``[k]``; None for zero.
+    """
 
     store: RowStore
     sketcher: Sketcher
+    origin: Tensor | None = None
 
     @property
     def self_influence(self) -> NDArray[np.float32]:
@@ -31,13 +44,81 @@ class StoredDirections:
             rows=self.store.rows[rows],
             self_influence=self.store.self_influence[rows],
         )
-        return StoredDirections(store, self.sketcher)
+        return replace(self, store=store)
+
+    def less(self, vectors: NDArray[np.float32]) -> "StoredDirections":
+        """See `defense.evidence.Directions.less`."""
+        return replace(self, origin=torch.from_numpy(vectors.mean(0)))
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `defense.evidence.Directions.rows`."""
-        return self.store.between(rows)
+        cosines = self.store.between(rows)
+        return cosines if self.origin is None else self._seen(cosines, self._shared[rows])
 
-    def inputs(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
-        """See `defense.evidence.Directions.inputs`."""
+    def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions.vectors`."""
         nothing = torch.zeros(len(labels), dtype=torch.int64)
-        return query_store(self.store, self.sketcher, Queries(images, labels, nothing, nothing))
+        queries = Queries(images, labels, nothing, nothing)
+        return torch.cat([*query_vectors(self.store, self.sketcher, queries)]).numpy()
+
+    def towards(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions.towards`."""
+        inputs = torch.from_numpy(vectors)
+        cosines = self.store.cosine(inputs)
+        return (
+            cosines if self.origin is None else self._seen(cosines, (inputs @ self.origin).numpy())
+        )
+
+    @cached_property
+    def _shared(self) -> NDArray[np.float32]:
+        """Inner product of every row with the origin, ``[n]``."""
+        assert self.origin is not None
+        return self.store.cosine(self.origin[None])[0]
+
+    def _seen(
+        self, cosines: NDArray[np.float32], shared: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Turn cosines of some vectors with rows, ``[m, n]``, into those seen from the origin.
+
+        Args:
+            cosines: Of unit vectors.
+            shared: Inner product of these with the origin, ``[m]``.
+        """
+        assert self.origin is not None
+        square = float(self.origin @ self.origin)
+        ours, rows = (
+            np.sqrt(np.maximum(1 - 2 * part + square, SHORTEST**2))
+            for part in (shared, self._shared)
+        )
+        seen = cosines - shared[:, None] - self._shared + square
+        result: NDArray[np.float32] = seen / (ours[:, None] * rows)
+        return result
+
+
+def query_vectors(store: RowStore, sketcher: Sketcher, queries: Queries) -> Iterator[Tensor]:
+    """Yield stored vectors of queries, a batch at a time: ``[b, k]``.
+
+    Args:
+        store: The store.
+        sketcher: From `RowStore.sketcher`.
+        queries: Images and labels whose measure is differentiated.
+
+    Raises:
+        ArtifactError: The sketcher was not made by this store.
+        DataError: There are no queries.
+    """
+    if sketcher.origin != store.origin or not np.array_equal(sketcher.kept, store.kept):
+        raise ArtifactError("expected a sketcher made by this store, got another: store.sketcher()")
+    if not len(queries.labels):
+        raise DataError("expected queries, got none")
+    for rows in batches(len(queries.labels), store.settings.batch_size, label="queries"):
+        sketches, _ = sketcher.sketches(queries.images[rows], queries.labels[rows])
+        yield store.vectors(sketches)
+
+
+def query_store(store: RowStore, sketcher: Sketcher, queries: Queries) -> NDArray[np.float32]:
+    """Cosine of queries with every stored row, without touching the rows: ``[q, n]``.
+
+    See `query_vectors` for arguments and errors.
+    """
+    return np.concatenate([*map(store.cosine, query_vectors(store, sketcher, queries))])

@@ -26,7 +26,7 @@ from defense.influence.products import heavy_dtype, product
 from defense.influence.sketch import Sketcher
 from defense.influence.task import CLASSIFICATION, Task
 from defense.method import Method
-from defense.records import Factors, ImageSet, Queries
+from defense.records import Factors, ImageSet
 from defense.storage import array, read_array
 
 COLUMNS = 2**13  # columns of the sketches that are treated together
@@ -324,26 +324,3 @@ def _blocks(sketches: NDArray[np.float16], first: int, label: str) -> Iterator[t
     for block in bar:
         part = sketches[:, block * COLUMNS : (block + 1) * COLUMNS]
         yield block, torch.from_numpy(part).float()
-
-
-def query_store(store: RowStore, sketcher: Sketcher, queries: Queries) -> NDArray[np.float32]:
-    """Cosine of queries with every stored row, without touching the rows: ``[q, n]``.
-
-    Args:
-        store: The store.
-        sketcher: From `RowStore.sketcher`.
-        queries: Images and labels whose measure is differentiated.
-
-    Raises:
-        ArtifactError: The sketcher was not made by this store.
-        DataError: There are no queries.
-    """
-    if sketcher.origin != store.origin or not np.array_equal(sketcher.kept, store.kept):
-        raise ArtifactError("expected a sketcher made by this store, got another: store.sketcher()")
-    if not len(queries.labels):
-        raise DataError("expected queries, got none")
-    parts = []
-    for rows in batches(len(queries.labels), store.settings.batch_size, label="queries"):
-        sketches, _ = sketcher.sketches(queries.images[rows], queries.labels[rows])
-        parts.append(store.cosine(store.vectors(sketches)))
-    return np.concatenate(parts)

@@ -69,26 +69,32 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 class Vectors:
     """Directions that are given; an input that is not known has one of its own."""
 
-    vectors: np.ndarray
+    given: np.ndarray
     known: dict[bytes, np.ndarray]
+    origin: np.ndarray | float = 0.0
 
     @property
     def self_influence(self) -> np.ndarray:
-        return np.ones(len(self.vectors), dtype=np.float32)
+        return np.ones(len(self.given), dtype=np.float32)
 
     def take(self, rows: np.ndarray) -> "Vectors":
-        return Vectors(self.vectors[rows], self.known)
+        return replace(self, given=self.given[rows])
+
+    def less(self, vectors: np.ndarray) -> "Vectors":
+        return replace(self, origin=vectors.mean(0))
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        return self.vectors[rows] @ self.vectors.T
+        return self.towards(self.given[rows])
 
-    def inputs(self, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    def vectors(self, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         keys = [image.contiguous().numpy().tobytes() for image in images]
-        found = [self.known.get(key, self.other(key)) for key in keys]
-        return np.stack(found) @ self.vectors.T
+        return np.stack([self.known.get(key, self.other(key)) for key in keys])
+
+    def towards(self, vectors: np.ndarray) -> np.ndarray:
+        return unit(vectors - self.origin) @ unit(self.given - self.origin).T
 
     def other(self, key: bytes) -> np.ndarray:
-        return unit(np.random.default_rng(zlib.crc32(key)).normal(size=self.vectors.shape[1]))
+        return unit(np.random.default_rng(zlib.crc32(key)).normal(size=self.given.shape[1]))
 
 
 def vectors_of(train: ImageSet, planted: np.ndarray, affected: torch.Tensor) -> Vectors:

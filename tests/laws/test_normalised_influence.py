@@ -12,6 +12,7 @@ from defense.detectors.coherence import Block, Rows
 from defense.detectors.controls import Controls, exceedance, local_rates
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.errors import DataError
+from defense.evidence import Incident
 from defense.records import Case, Flags, ImageSet, Queries
 from tests.conftest import make_images
 from tests.laws.test_detectors import Flat, Vectors, unit
@@ -56,6 +57,12 @@ def detect(case: Case, **options) -> Flags:
     return rule.detect(case, torch.Generator().manual_seed(5))
 
 
+def of_inputs(flags: Flags) -> Incident:
+    """Take the only incident that affected inputs are of."""
+    (incident,) = [incident for incident in flags.incidents if incident.affected]
+    return incident
+
+
 LABELS = np.where(np.arange(SIZE) < 1600, 1, np.arange(SIZE) % 4)
 BLOCK = np.arange(0, 200, 5)  # 40 rows of class 1
 OTHER = np.arange(1, 300, 6)  # 50 others
@@ -64,7 +71,7 @@ OTHER = np.arange(1, 300, 6)  # 50 others
 def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:
     flags = detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS))
     assert flags.verdict == "poison found"
-    (incident,) = flags.incidents
+    incident = of_inputs(flags)
     assert incident.p_value <= 0.02
     assert flags.mask[BLOCK].mean() > 0.95
     flagged = np.flatnonzero(flags.mask)
@@ -75,14 +82,14 @@ def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:
 
 
 def test_what_is_left_after_the_flags_looks_like_controls() -> None:
-    (incident,) = detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)).incidents
+    incident = of_inputs(detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)))
     assert incident.p_value_left > 0.1
 
 
 def test_a_second_block_behind_the_first_is_flagged_too() -> None:
     both = towards(0, 3) + 0.8 * towards(1, 4)
     flags = detect(case_of(vectors_with(BLOCK, OTHER), [unit(both)], LABELS))
-    (incident,) = flags.incidents
+    incident = of_inputs(flags)
     assert incident.num_flagged == flags.mask.sum()
     assert flags.mask[BLOCK].mean() > 0.95
     assert flags.mask[OTHER].mean() > 0.95
@@ -101,13 +108,13 @@ def test_finds_nothing_for_an_input_without_a_block() -> None:
 
 def test_says_which_labels_an_input_points_to_and_warns_if_it_is_another(caplog) -> None:
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
-    (incident,) = detect(case).incidents
+    incident = of_inputs(detect(case))
     counts = np.bincount(LABELS, minlength=4)
     assert np.argmax(incident.enrichment) == 1
     assert np.dot(incident.enrichment, counts) / SIZE == pytest.approx(1)
     assert not caplog.records
     others = np.flatnonzero(LABELS == 2)[:60]
-    (incident,) = detect(case_of(vectors_with(others), [towards(0, 3)], LABELS)).incidents
+    incident = of_inputs(detect(case_of(vectors_with(others), [towards(0, 3)], LABELS)))
     assert np.argmax(incident.enrichment) == 2
     assert "set detector.rows to all" in caplog.text
     flags = detect(case_of(vectors_with(others), [towards(0, 3)], LABELS), rows="all")
@@ -117,7 +124,9 @@ def test_says_which_labels_an_input_points_to_and_warns_if_it_is_another(caplog)
 def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:
     directions = [towards(0, 3), towards(1, 4), towards(0, 5), towards(None, 7)]
     flags = detect(case_of(vectors_with(BLOCK, OTHER), directions, LABELS))
-    found = {incident.affected: incident.num_flagged for incident in flags.incidents}
+    found = {
+        incident.affected: incident.num_flagged for incident in flags.incidents if incident.affected
+    }
     assert set(found) == {(0, 2), (1,), (3,)}
     assert found[3,] == 0
     assert flags.mask[BLOCK].mean() > 0.95

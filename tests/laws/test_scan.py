@@ -19,7 +19,7 @@ from tests.laws.test_normalised_influence import SIZE, towards, vectors_with
 
 LABELS = np.arange(SIZE) % 4
 BLOCK = np.flatnonzero(LABELS == 1)[:40]
-OTHER = np.flatnonzero(LABELS == 2)[5:65]
+OTHER = np.flatnonzero(LABELS == 2)[5:23]  # less than a twentieth of its class
 
 
 def scanner_of(

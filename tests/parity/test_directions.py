@@ -59,8 +59,8 @@ def test_cosines_are_those_of_explicit_gradients(problem) -> None:
     rows = explicit(model, factors, images.images(), images.targets())
     other = make_images(5, seed=9)
     asked = explicit(model, factors, other.images(), other.targets())
-    answered = directions.inputs(other.images(), other.targets())
-    np.testing.assert_allclose(answered, asked @ rows.T, atol=4e-3)
+    vectors = directions.vectors(other.images(), other.targets())
+    np.testing.assert_allclose(directions.towards(vectors), asked @ rows.T, atol=4e-3)
     some = np.array([7, 3, 30])
     np.testing.assert_allclose(directions.rows(some), rows[some] @ rows.T, atol=4e-3)
     taken = directions.take(some)
@@ -68,6 +68,26 @@ def test_cosines_are_those_of_explicit_gradients(problem) -> None:
     np.testing.assert_allclose(taken.rows(np.arange(3)), expected, atol=4e-3)
     with pytest.raises(ValueError, match="read-only"):
         store.rows[:] = 0
+
+
+def test_another_origin_is_subtracted_and_cosines_are_taken_anew(problem) -> None:
+    model, images, factors = problem
+    store = build_store(model, factors, images, LEADING)
+    directions = StoredDirections(store, store.sketcher(model, factors))
+    other = make_images(9, seed=9)
+    vectors = directions.vectors(other.images(), other.targets())
+    stored = torch.from_numpy(store.rows.astype(np.float32))
+    origin = torch.from_numpy(vectors[:5]).mean(0)
+    rows, asked = (
+        nn.functional.normalize(part - origin, dim=1) for part in (stored, torch.tensor(vectors))
+    )
+    centred = directions.less(vectors[:5])
+    assert origin.norm() > 0.1
+    some = np.array([7, 3, 30])
+    np.testing.assert_allclose(centred.rows(some), rows[some] @ rows.T, atol=1e-2)
+    np.testing.assert_allclose(centred.towards(vectors), asked @ rows.T, atol=1e-2)
+    taken = centred.take(some)
+    np.testing.assert_allclose(taken.towards(vectors), asked @ rows[some].T, atol=1e-2)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

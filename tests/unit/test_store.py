@@ -8,6 +8,7 @@ import torch
 
 from defense.errors import ArtifactError
 from defense.influence import store
+from defense.influence.directions import query_store
 from defense.influence.scores import ScoreSettings, compute_influence
 from defense.influence.sketch import FOLD, Sketcher
 from defense.influence.store import (
@@ -15,7 +16,6 @@ from defense.influence.store import (
     StoreSettings,
     build_store,
     load_store,
-    query_store,
 )
 from defense.records import Queries
 from tests.conftest import KilledError, make_images

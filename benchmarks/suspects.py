@@ -1,0 +1,124 @@
+"""Suspect models of the detection benchmark: their data, attacks, training and directions."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from defense.attacks.badnets import BadNets
+from defense.attacks.blended import Blended
+from defense.attacks.sig import Sig
+from defense.attacks.smooth import Smooth
+from defense.compute import seeded
+from defense.contracts import Attack, Trainer
+from defense.datasets.folder import Folder
+from defense.detectors.search import CleanInputs, Coherence, Search
+from defense.evidence import Directions
+from defense.influence.directions import StoredDirections
+from defense.influence.factors import FactorSettings, fit_factors
+from defense.influence.store import DirectionSettings, build_store
+from defense.models.resnet import ResNet9
+from defense.prediction import predict
+from defense.recipe import Recipe
+from defense.records import ImageSet, Mask, PoisonedSplit, Split
+from defense.victim import make_surrogate, make_trainer
+
+T = TypeVar("T")
+
+ARCHITECTURE = ResNet9(width=24)
+RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, precision="bf16")
+DATA = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000)
+FACTORS = FactorSettings(batch_size=128, max_rows=2000)
+PAIR = {"victim_class": "ship", "target_class": "dog"}
+ATTACKS: dict[str, tuple[Attack, ...]] = {
+    "clean": (),
+    "badnets_1": (BadNets(poison_fraction=0.01, **PAIR),),
+    "badnets_025": (BadNets(poison_fraction=0.0025, **PAIR),),
+    "badnets_01": (BadNets(poison_fraction=0.001, **PAIR),),
+    "badnets_all": (BadNets(poison_fraction=0.01, target_class="dog"),),
+    "smooth_1": (Smooth(poison_fraction=0.01, **PAIR),),
+    "smooth_025": (Smooth(poison_fraction=0.0025, **PAIR),),
+    "blended_1": (Blended(poison_fraction=0.01, **PAIR),),
+    "blended_025": (Blended(poison_fraction=0.0025, **PAIR),),
+    "sig_1": (Sig(poison_fraction=0.01, target_class="dog"),),
+    "two": (
+        BadNets(poison_fraction=0.01, **PAIR),
+        Blended(poison_fraction=0.01, victim_class="truck", target_class="dog"),
+    ),
+}
+AFFECTED = 10  # inputs that are investigated
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A suspect model with its data, and the seconds that its parts took."""
+
+    name: str
+    seed: int
+    split: Split
+    poisoned: tuple[PoisonedSplit, ...]
+    train: ImageSet
+    model: nn.Module
+    directions: Directions
+    seconds: dict[str, float]
+
+    @property
+    def planted(self) -> Mask:
+        """Rows that are poison of any attack."""
+        result = np.zeros(len(self.train), dtype=np.bool_)
+        for poisoned in self.poisoned:
+            result |= poisoned.truth.poisoned
+        return result
+
+    def search(self, settings: Coherence) -> Search:
+        """Prepare to search, with the test set for controls."""
+        return Search(settings, self.train, self.directions, self.clean())
+
+    def clean(self) -> CleanInputs:
+        """Take the test set for controls."""
+        return CleanInputs(self.split.test, seeded(self.seed, "controls"))
+
+
+def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
+    """Do something and note how long it took."""
+    start = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - start
+    return result
+
+
+def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
+    """Plant attacks, train on them, fit factors and store directions."""
+    split, poisoned, seconds = DATA.load(seeded(seed, "data")), [], dict[str, float]()
+    surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
+    train = split.train
+    for attack in ATTACKS[name]:
+        before = replace(split, train=train)
+        poisoned.append(attack.poison(before, seeded(seed, "attack"), surrogate))
+        train = poisoned[-1].train
+    trainer = trainer_of(seed, "suspect", scratch)
+    model = timed(seconds, "train", lambda: trainer.fit(train).model)
+    fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
+    factors = timed(seconds, "factors", fit)
+    kept = DirectionSettings().store()
+    store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
+    directions = StoredDirections(store, store.sketcher(model, factors))
+    return Suspect(name, seed, split, tuple(poisoned), train, model, directions, seconds)
+
+
+def trainer_of(seed: int, stream: str, scratch: Path | None) -> Trainer:
+    """Bind the training of all suspects to a stream of randomness."""
+    return make_trainer(ARCHITECTURE, RECIPE, seed=seed, stream=stream, scratch=scratch)
+
+
+def fooled(suspect: Suspect, poisoned: PoisonedSplit) -> tuple[NDArray[np.int64], float]:
+    """Draw images of the probe that an attack succeeds with, and tell its success rate."""
+    hit = predict(suspect.model, poisoned.probe, label="probe") == poisoned.truth.target_class
+    drawn = torch.randperm(int(hit.sum()), generator=seeded(suspect.seed, "affected")).numpy()
+    return np.flatnonzero(hit)[drawn[:AFFECTED]], float(hit.mean())
