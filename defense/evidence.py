@@ -113,8 +113,8 @@ class FoundBlock:
             test).
         suspected: Whether they were planted, by that test, all blocks counted; or because clean
             inputs lack what they have in common.
-        lacking: Of rows that have in common what clean inputs lack: chance that as many clean
-            rows seem to. None of a block that coheres by itself.
+        lacking: If clean inputs lack what the rows have in common: chance that as many clean
+            rows seem to. None if they do not, as far as could be told.
     """
 
     label: int

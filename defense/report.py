@@ -130,8 +130,8 @@ class BlockQuality(Part):
         said: The label that it gives to most of them.
         p_value: Chance of so little agreement, were they rows like those others.
         suspected: Whether they seem to be planted.
-        lacking: Of rows that have in common what clean inputs lack: chance that as many clean
-            rows seem to; None of a block that coheres by itself.
+        lacking: If clean inputs lack what the rows have in common: chance that as many clean
+            rows seem to; None if they do not.
         planted: Those that were, by the truth.
         removed: Those that were flagged and removed.
     """

@@ -10,7 +10,7 @@ passes that test; it is sought as rows of a class that have in common what its c
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for so
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
 TRIES = 10  # places looked at per attempt, as long as they lead to a known block
-KNOWN = 0.5  # share of rows in suspected blocks up to which others are told beside them
+MOSTLY = 0.5  # share of rows from which on they are taken for the same
 CONTRADICTED = 0.5  # share of the usual agreement up to which labels are contradicted
 
 
@@ -115,7 +115,7 @@ class Scanner:
         blocks = [
             block for label in labels for block in self._blocks(label, self._dense(label, seed))
         ]
-        judged = self._judged(blocks + self._lacking(checked), seed)
+        judged = self._judged(self._with_right_labels(checked, blocks), seed)
         return Scan(judged, (), self.settings.alarm, unchecked)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
@@ -134,7 +134,7 @@ class Scanner:
             starts[label] = starts_of(bench.rows, own, label)
             pointing = self._pointing(bench, starts[label])
             blocks += self._blocks(label, pointing, self._dense(label, seed))
-        judged = self._judged(blocks + self._lacking(checked), seed)
+        judged = self._judged(self._with_right_labels(checked, blocks), seed)
         pointed = list[PointedInput]()
         for number, block in enumerate(blocks):
             places = np.flatnonzero(predicted == block.label)
@@ -208,15 +208,25 @@ class Scanner:
         fresh = (block for block in grown if len(known & {*block.seeds}) <= len(block.seeds) / 2)
         return itertools.islice(fresh, self.settings.attempts)
 
-    def _lacking(self, labels: list[int]) -> list[Suspicion]:
-        """List rows of classes that have in common what clean inputs of them lack."""
-        found = list[Suspicion]()
+    def _with_right_labels(self, labels: list[int], blocks: list[Suspicion]) -> list[Suspicion]:
+        """Add what rows of a class have in common that clean inputs of it lack.
+
+        If blocks hold most of these rows, the blocks themselves are what clean inputs lack.
+        """
         for label in labels:
             seen = subpopulation(self.search, label, self._any([]))
-            if seen is not None and seen.found(self.settings):
+            if seen is None or not seen.found(self.settings):
+                continue
+            lacking, chance = mask_of(seen.rows, len(self.train)), seen.finding.chance
+            within = [lacking[block.rows].mean() > MOSTLY for block in blocks]
+            explained = self._any([*itertools.compress(blocks, within)])
+            if explained[seen.rows].mean() > MOSTLY:
+                both = zip(blocks, within, strict=True)
+                blocks = [replace(block, lacking=chance) if w else block for block, w in both]
+            elif len(seen.rows) >= self.settings.smallest:
                 clean = float(seen.null.null(seen.finding.block).max())
-                found.append(Suspicion(label, seen.rows, seen.finding, clean, seen.finding.chance))
-        return [block for block in found if len(block.rows) >= self.settings.smallest]
+                blocks = [*blocks, Suspicion(label, seen.rows, seen.finding, clean, chance)]
+        return blocks
 
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""
@@ -251,7 +261,7 @@ class Scanner:
                 break
             epochs = min(4 * epochs, self.settings.max_epochs)
         alarm = self.settings.alarm / len(blocks)
-        return _once(tuple(self._judge(block, said, held, alarm) for block in blocks))
+        return tuple(self._judge(block, said, held, alarm) for block in blocks)
 
     @property
     def competent(self) -> float:
@@ -299,18 +309,6 @@ class Scanner:
             or self._lacks(block),
             block.lacking,
         )
-
-
-def _once(blocks: tuple[FoundBlock, ...]) -> tuple[FoundBlock, ...]:
-    """Leave out rows that clean inputs lack where suspected blocks explain most of them."""
-    explained = [block.rows for block in blocks if block.suspected and block.lacking is None]
-    return tuple(
-        block
-        for block in blocks
-        if block.lacking is None
-        or not explained
-        or np.logical_or.reduce(explained)[block.rows].mean() <= KNOWN
-    )
 
 
 def independent_of(
