@@ -9,7 +9,6 @@ refused here.
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
-from benchmarks.repairs import repaired
+from benchmarks.repairs import default_flags, repaired
 from benchmarks.suspects import ARCHITECTURE, ATTACKS, RECIPE, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
 from defense.artifacts import write_json
@@ -30,6 +29,7 @@ from defense.compute import runs_on, seeded
 from defense.detectors.normalised_influence import NormalisedInfluence, together
 from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
 from defense.detectors.subpopulation import subpopulation
+from defense.errors import DataError
 from defense.evidence import Scan
 from defense.prediction import predict
 from defense.records import Mask, PoisonedSplit, Truth
@@ -88,6 +88,9 @@ def investigations(suspect: Suspect) -> dict[str, Any]:
     found: dict[str, Any] = {"psr": success, "investigations": {}}
     if not all(map(len, chosen)):
         return found
+    first = [suspect.poisoned[0].probe.take(chosen[0][:1])]
+    label = suspect.poisoned[0].truth.target_class
+    timed(suspect.seconds, "investigation", lambda: default_flags(suspect, first, label))
     images = [
         attack.probe.images(own) for attack, own in zip(suspect.poisoned, chosen, strict=True)
     ]
@@ -105,13 +108,10 @@ def investigated(
     search: Search, suspect: Suspect, poisoned: PoisonedSplit, images: Tensor
 ) -> list[dict[str, Any]]:
     """Investigate affected inputs of one attack."""
-    truth, begun = poisoned.truth, time.perf_counter()
+    truth = poisoned.truth
     bench = search.bench(truth.target_class)
-    runs = []
-    for start in starts_of(bench.rows, images, truth.target_class):
-        runs.append(investigation(search, truth, start, bench, suspect.planted))
-        suspect.seconds.setdefault("investigation", time.perf_counter() - begun)
-    return runs
+    starts = starts_of(bench.rows, images, truth.target_class)
+    return [investigation(search, truth, start, bench, suspect.planted) for start in starts]
 
 
 def told_apart(suspect: Suspect, chosen: Sequence[Tensor]) -> dict[str, int]:
@@ -174,20 +174,19 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
 
 
 def as_a_whole(search: Search, label: int, planted: Mask) -> dict[str, Any]:
-    """Ask about a class as a whole, as every investigation does, and compare with the truth."""
+    """Ask about a class as a whole, without explaining any row before; compare with the truth."""
     seen = subpopulation(search, label, np.zeros_like(planted))
-    assert seen is not None
-    found = seen.found(search.settings)
-    hits, all_flags = int(planted[seen.rows].sum()) * found, len(seen.rows) * found
+    if seen is None:
+        raise DataError(f"expected 200 clean inputs and rows of class {label}")
+    hits, all_flags = int(planted[seen.rows].sum()), len(seen.rows)
     low, high = seen.finding.expected_false[1:]
     return {
         "label": label,
-        "planted": int(planted[seen.places].sum()),
-        "found": found,
+        "planted": int(planted[search.train.labels == label].sum()),
+        "found": all_flags > 0,
         "flagged": all_flags,
         "hits": hits,
-        "chance": seen.finding.chance,
-        "inside": bool(low <= all_flags - hits <= high) if found else None,
+        "inside": bool(low <= all_flags - hits <= high) if all_flags else None,
     }
 
 

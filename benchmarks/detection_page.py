@@ -1,5 +1,6 @@
 """The tables of docs/detection.md, from what `benchmarks.detection` has measured."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -50,15 +51,28 @@ def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> li
     return [[title, *cells] for title, cells in rows if cells]
 
 
+def runs_of(found: list[dict[str, Any]], rate: str) -> list[list[dict[str, Any]]]:
+    """List the investigations of every model, because those of one agree with each other."""
+    models = [model.get("investigations", {}).get(rate, []) for model in found]
+    return [own for own in models if own]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Average of what was measured."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def investigated(found: list[dict[str, Any]]) -> list[str]:
     """One affected input at a time, at the default false-discovery rate."""
-    runs = [run for model in found for run in model.get("investigations", {}).get("0.05", [])]
+    models = runs_of(found, "0.05")
+    runs = list(itertools.chain(*models))
     apart = [model["apart"] for model in found if "apart" in model]
     return [
         spread(rate for model in found for rate in model.get("psr", ())),
         f"{sum(run['found'] for run in runs)} of {len(runs)}" if runs else NONE,
-        spread(run["tpr"] for run in runs),
-        spread(run["precision"] for run in runs),
+        spread(mean(run["tpr"] for run in own) for own in models),
+        spread(mean(run["precision"] for run in own) for own in models),
         f"{sum(not a['mixed'] for a in apart)} of {len(apart)}" if apart else NONE,
         f"{sum(m['innocent']['alarms'] for m in found)} of "
         f"{sum(m['innocent']['inputs'] for m in found)}",
@@ -66,13 +80,16 @@ def investigated(found: list[dict[str, Any]]) -> list[str]:
 
 
 def controlled(found: list[dict[str, Any]]) -> list[str]:
-    """Share of false flags at three promised rates, and how often the interval holds it."""
+    """Share of false flags at three promised rates; models whose intervals all hold it."""
     cells = []
     for rate in ("0.02", "0.05", "0.1"):
-        runs = [run for model in found for run in model.get("investigations", {}).get(rate, [])]
-        known = [run for run in runs if run["precision"] is not None]
-        inside = f"{sum(run['inside'] for run in known)} of {len(known)}" if known else NONE
-        cells += [spread(1 - run["precision"] for run in known), inside]
+        known = [
+            [run for run in own if run["precision"] is not None] for own in runs_of(found, rate)
+        ]
+        known = [own for own in known if own]
+        held = sum(all(run["inside"] for run in own) for own in known)
+        inside = f"{held} of {len(known)}" if known else NONE
+        cells += [spread(mean(1 - run["precision"] for run in own) for own in known), inside]
     return cells
 
 
@@ -114,6 +131,7 @@ def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
             spread(part["tpr"] for part in parts),
             spread(part["precision"] for part in parts),
             spread((sum(not b["suspected"] for b in part["blocks"]) for part in parts), 1.0),
+            f"{sum(part['pointed'] > 0 for part in parts)} of {len(parts)}",
         ]
 
     return row
@@ -132,7 +150,8 @@ def times(found: list[dict[str, Any]]) -> list[str]:
 
 def page(models: Models) -> str:
     """Write all tables."""
-    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks"]
+    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks",
+                 "models where inputs point to a block"]  # fmt: skip
     one = [
         "attack",
         "PSR",
@@ -147,7 +166,7 @@ def page(models: Models) -> str:
                "alarms on clean classes"]  # fmt: skip
     after = ["attack", "PSR without poison", "PSR after EU", "accuracy lost by EU", "PSR after CF",
              "accuracy lost by CF"]  # fmt: skip
-    cost = ["attack", "factors and directions", "investigation", "scan with both",
+    cost = ["attack", "factors and directions", "investigation beyond these", "scan with both",
             "scan from 10,000 inputs with both"]  # fmt: skip
     parts = (
         ("One affected input", table(one, each(models, investigated))),

@@ -141,7 +141,8 @@ def audit(
         psr_bound=settings.psr_bound,
         accuracy_drop_bound=settings.accuracy_drop_bound,
         confirmation=None if exhibits.confirmation is None else _curve(exhibits.confirmation),
-        unchecked=_unchecked(exhibits),
+        unchecked=_names(exhibits, "unchecked"),
+        in_part=_names(exhibits, "in_part"),
         blocks=None if exhibits.scan is None else _blocks(exhibits, exhibits.scan),
         artifacts=artifacts,
     )
@@ -193,8 +194,8 @@ def _curve(confirmation: Confirmation) -> ConfirmationCurve:
     return ConfirmationCurve(before=confirmation.before, points=points, cut=confirmation.cut)
 
 
-def _unchecked(exhibits: Exhibits) -> list[str]:
-    labels = () if exhibits.scan is None else exhibits.scan.unchecked
+def _names(exhibits: Exhibits, which: str) -> list[str]:
+    labels = () if exhibits.scan is None else getattr(exhibits.scan, which)
     return [exhibits.train.class_names[label] for label in labels]
 
 

@@ -62,9 +62,9 @@ class Incident:
         affected: Numbers of the affected inputs; none if it is the label as a whole.
         label: The label they were given.
         p_value: Share of controls that cohere as much with the rows flagged for them, counting
-            the incident as one. Of a label as a whole: chance of as many false flags.
-        num_controls: Clean inputs that went through the same procedure, or that the rows of a
-            label as a whole were compared with.
+            the incident as one; None of a label as a whole.
+        num_controls: Clean inputs that went through the same procedure. Of a label as a whole:
+            those that its rows were compared with; 0 if it was not looked at.
         num_flagged: Rows that are flagged; none if the verdict is that nothing was found.
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
@@ -77,7 +77,7 @@ class Incident:
 
     affected: tuple[int, ...]
     label: int
-    p_value: float
+    p_value: float | None
     num_controls: int
     num_flagged: int
     false_discovery_rate: float
@@ -113,8 +113,7 @@ class FoundBlock:
             test).
         suspected: Whether they were planted, by that test, all blocks counted; or because clean
             inputs lack what they have in common.
-        lacking: If clean inputs lack what the rows have in common: chance that as many clean
-            rows seem to. None if they do not, as far as could be told.
+        lacking: Whether clean inputs lack what the rows have in common, as far as could be told.
     """
 
     label: int
@@ -129,7 +128,7 @@ class FoundBlock:
     said_share: float
     p_value: float
     suspected: bool
-    lacking: float | None = None
+    lacking: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,12 +157,14 @@ class Scan:
         inputs: Inputs whose predictions they dictate, by block and p-value.
         alarm: P-value for all blocks together up to which some are suspected.
         unchecked: Labels with too few rows, or too few clean inputs, to be looked at.
+        in_part: Labels with too few rows, or too few clean inputs, to be looked at as a whole.
     """
 
     blocks: tuple[FoundBlock, ...]
     inputs: tuple[PointedInput, ...]
     alarm: float
     unchecked: tuple[int, ...] = ()
+    in_part: tuple[int, ...] = ()
 
     @property
     def suspected(self) -> tuple[FoundBlock, ...]:

@@ -58,7 +58,7 @@ def block_title(block: FoundBlock, train: ImageSet) -> str:
     """Say in one line what a block is."""
     what = "suspected" if block.suspected else "natural"
     names = train.class_names
-    lack = "" if block.lacking is None else " have in common what clean inputs lack"
+    lack = "" if not block.lacking else " have in common what clean inputs lack"
     return (
         f"{what}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model that "
         f"never saw them agrees with {block.agreement:.0%} (usually {block.usual_agreement:.0%}), "

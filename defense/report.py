@@ -94,9 +94,9 @@ class IncidentQuality(Part):
     Attributes:
         affected: Ids of the affected inputs; none if it is the label as a whole that is judged.
         label: The label they were given.
-        p_value: Share of clean inputs whose rows cohere as much, by the same procedure. Of a
-            label as a whole: chance of as many false flags.
-        num_controls: Those clean inputs.
+        p_value: Share of clean inputs whose rows cohere as much, by the same procedure; None of a
+            label as a whole.
+        num_controls: Those clean inputs; 0 if a label was not looked at as a whole.
         num_flagged: Rows that were flagged.
         false_discovery_rate: Share of false flags that was promised.
         precision: Precision of the flags that controls let expect: on average, and the ends of
@@ -108,7 +108,7 @@ class IncidentQuality(Part):
 
     affected: list[str]
     label: str
-    p_value: float
+    p_value: float | None
     num_controls: int
     num_flagged: int
     false_discovery_rate: float
@@ -130,8 +130,7 @@ class BlockQuality(Part):
         said: The label that it gives to most of them.
         p_value: Chance of so little agreement, were they rows like those others.
         suspected: Whether they seem to be planted.
-        lacking: If clean inputs lack what the rows have in common: chance that as many clean
-            rows seem to; None if they do not.
+        lacking: Whether clean inputs lack what they have in common.
         planted: Those that were, by the truth.
         removed: Those that were flagged and removed.
     """
@@ -147,7 +146,7 @@ class BlockQuality(Part):
     suspected: bool
     planted: Rate
     removed: Rate
-    lacking: float | None = None
+    lacking: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -225,6 +224,7 @@ class AuditReport(Part):
         confirmation: What unlearning flagged rows does to the wrong predictions, if that was tried.
         blocks: What a scan of all rows found; None without a scan.
         unchecked: Classes that the scan could not look at.
+        in_part: Classes that the scan could not look at as a whole.
         artifacts: Digest of every artefact, by name.
     """
 
@@ -248,6 +248,7 @@ class AuditReport(Part):
     confirmation: ConfirmationCurve | None = None
     blocks: list[BlockQuality] | None = None
     unchecked: list[str] = []
+    in_part: list[str] = []
     artifacts: dict[str, Evidence]
 
     @property

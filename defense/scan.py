@@ -23,7 +23,7 @@ from defense.contracts import Architecture
 from defense.detectors.coherence import Block, Reals
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
-from defense.detectors.subpopulation import subpopulation
+from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.errors import DataError
 from defense.evidence import Directions, FoundBlock, PointedInput, Scan
 from defense.prediction import predict
@@ -82,7 +82,7 @@ class Suspicion:
     rows: NDArray[np.int64]
     finding: Finding
     clean: float
-    lacking: float | None = None
+    lacking: bool = False
 
 
 class Scanner:
@@ -115,8 +115,8 @@ class Scanner:
         blocks = [
             block for label in labels for block in self._blocks(label, self._dense(label, seed))
         ]
-        judged = self._judged(self._with_right_labels(checked, blocks), seed)
-        return Scan(judged, (), self.settings.alarm, unchecked)
+        blocks, in_part = self._with_right_labels(checked, blocks)
+        return Scan(self._judged(blocks, seed), (), self.settings.alarm, unchecked, in_part)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
         """Look for blocks, also where inputs point to, and for inputs that blocks dictate.
@@ -134,9 +134,10 @@ class Scanner:
             starts[label] = starts_of(bench.rows, own, label)
             pointing = self._pointing(bench, starts[label])
             blocks += self._blocks(label, pointing, self._dense(label, seed))
-        judged = self._judged(self._with_right_labels(checked, blocks), seed)
+        every, in_part = self._with_right_labels(checked, blocks)
+        judged = self._judged(every, seed)
         pointed = list[PointedInput]()
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(blocks):  # no input need point to those that were added
             places = np.flatnonzero(predicted == block.label)
             chances = self._dictated(block, starts[block.label])
             order = np.argsort(chances, kind="stable")
@@ -145,7 +146,7 @@ class Scanner:
                 PointedInput(str(images.ids[place]), int(place), number, float(p_value))
                 for place, p_value in zip(places[order], chances[order], strict=True)
             ]
-        return Scan(judged, tuple(pointed), self.settings.alarm, unchecked)
+        return Scan(judged, tuple(pointed), self.settings.alarm, unchecked, in_part)
 
     def _sorted(self, labels: Iterable[int]) -> tuple[list[int], tuple[int, ...]]:
         """Tell labels that can be looked at from those with too few rows or clean inputs."""
@@ -208,25 +209,35 @@ class Scanner:
         fresh = (block for block in grown if len(known & {*block.seeds}) <= len(block.seeds) / 2)
         return itertools.islice(fresh, self.settings.attempts)
 
-    def _with_right_labels(self, labels: list[int], blocks: list[Suspicion]) -> list[Suspicion]:
+    def _with_right_labels(
+        self, labels: list[int], blocks: list[Suspicion]
+    ) -> tuple[list[Suspicion], tuple[int, ...]]:
         """Add what rows of a class have in common that clean inputs of it lack.
 
         If blocks hold most of these rows, the blocks themselves are what clean inputs lack.
+
+        Returns:
+            The blocks in their order, then those that were added; labels that are too small for it.
         """
+        in_part = list[int]()
         for label in labels:
             seen = subpopulation(self.search, label, self._any([]))
-            if seen is None or not seen.found(self.settings):
-                continue
-            lacking, chance = mask_of(seen.rows, len(self.train)), seen.finding.chance
-            within = [lacking[block.rows].mean() > MOSTLY for block in blocks]
-            explained = self._any([*itertools.compress(blocks, within)])
-            if explained[seen.rows].mean() > MOSTLY:
-                both = zip(blocks, within, strict=True)
-                blocks = [replace(block, lacking=chance) if w else block for block, w in both]
-            elif len(seen.rows) >= self.settings.smallest:
-                clean = float(seen.null.null(seen.finding.block).max())
-                blocks = [*blocks, Suspicion(label, seen.rows, seen.finding, clean, chance)]
-        return blocks
+            if seen is None:
+                in_part.append(label)
+            elif len(seen.rows):
+                blocks = self._joined(label, seen, blocks)
+        return blocks, tuple(in_part)
+
+    def _joined(self, label: int, seen: Subpopulation, blocks: list[Suspicion]) -> list[Suspicion]:
+        lacking = mask_of(seen.rows, len(self.train))
+        within = [bool(lacking[block.rows].mean() > MOSTLY) for block in blocks]
+        if self._any([*itertools.compress(blocks, within)])[seen.rows].mean() > MOSTLY:
+            both = zip(blocks, within, strict=True)
+            return [replace(block, lacking=same or block.lacking) for block, same in both]
+        if len(seen.rows) < self.settings.smallest:
+            return blocks
+        clean = float(seen.null.null(seen.finding.block).max())
+        return [*blocks, Suspicion(label, seen.rows, seen.finding, clean, lacking=True)]
 
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""
@@ -277,11 +288,6 @@ class Scanner:
         rows = itertools.chain(*(block.rows for block in blocks))
         return mask_of(np.fromiter(rows, dtype=np.int64), len(self.train))
 
-    def _lacks(self, block: Suspicion) -> bool:
-        """Tell whether it is of rows that clean inputs lack, all classes counted."""
-        alarm = self.settings.alarm / self.train.num_classes
-        return block.lacking is not None and block.lacking <= alarm
-
     def _judge(
         self, block: Suspicion, said: NDArray[np.int64], held: Mask, alarm: float
     ) -> FoundBlock:
@@ -306,7 +312,7 @@ class Scanner:
             p_value,
             (p_value <= alarm and agreement <= CONTRADICTED * base)
             or base < self.competent
-            or self._lacks(block),
+            or block.lacking,
             block.lacking,
         )
 

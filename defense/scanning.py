@@ -134,9 +134,18 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
         doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
         write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     shutil.rmtree(scratch, ignore_errors=True)
-    names = [subject.train.class_names[label] for label in scan.unchecked]
     lines = [block_title(block, subject.train) for block in scan.blocks]
-    return scan, lines + [f"not looked at: {', '.join(names)}"] * bool(names)
+    return scan, [*lines, *left_out(scan, subject.train)]
+
+
+def left_out(scan: Scan, train: ImageSet) -> list[str]:
+    """Say in a line each what a scan could not look at."""
+    both = (scan.unchecked, "not looked at"), (scan.in_part, "not looked at as a whole")
+    return [
+        f"{what}: {', '.join(train.class_names[label] for label in labels)}"
+        for labels, what in both
+        if labels
+    ]
 
 
 def clear(out: Path) -> None:
@@ -202,8 +211,15 @@ def hand_over(
 
 def publish(scan: Scan, train: ImageSet, out: Path) -> None:
     """Write what people read: a summary, the rows of every block, and pictures of them."""
-    unchecked = [train.class_names[label] for label in scan.unchecked]
-    found = {"verdict": scan.verdict, "blocks": summaries(scan, train), "unchecked": unchecked}
+    unchecked, in_part = (
+        [train.class_names[label] for label in labels] for labels in (scan.unchecked, scan.in_part)
+    )
+    found = {
+        "verdict": scan.verdict,
+        "blocks": summaries(scan, train),
+        "unchecked": unchecked,
+        "in_part": in_part,
+    }
     write_json(out / "scan.json", found)
     write_text(out / "blocks.csv", blocks_csv(scan, train))
     for name, png in sheets(scan, train).items():

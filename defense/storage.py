@@ -245,6 +245,7 @@ def save_scan(path: Path, scan: Scan, *, inputs: Inputs | None = None) -> str:
         "inputs": [asdict(given) for given in scan.inputs],
         "alarm": scan.alarm,
         "unchecked": list(scan.unchecked),
+        "in_part": list(scan.in_part),
         "verdict": scan.verdict,
     }
     return write_artifact(path, "scan", {"rows.npy": array(rows)}, meta=meta, inputs=inputs)
@@ -258,8 +259,8 @@ def load_scan(path: Path) -> tuple[Scan, Manifest]:
         for mask, facts in zip(rows, manifest.fact("blocks"), strict=True)
     )
     given = tuple(PointedInput(**facts) for facts in manifest.fact("inputs"))
-    unchecked = tuple(manifest.fact("unchecked"))
-    return Scan(blocks, given, manifest.fact("alarm"), unchecked), manifest
+    labels = (tuple(manifest.fact(name)) for name in ("unchecked", "in_part"))
+    return Scan(blocks, given, manifest.fact("alarm"), *labels), manifest
 
 
 def save_doubts(path: Path, doubts: LabelDoubts, *, inputs: Inputs) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
-from scipy.stats import false_discovery_control, poisson
+from scipy.stats import false_discovery_control
 
 from defense.detectors.coherence import Block, Reals, Rows
 from defense.records import Mask, mask_of
@@ -17,7 +17,6 @@ SHAPED = 20  # controls in the tail from which on its shape is fitted, too
 HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
 LIKELY = 0.5  # chance up to which a row may be clean and still be flagged
 RESAMPLES = 200  # of the controls, for the interval of false flags
-SMALLEST = 1e-6  # chance below which a fitted tail is not to be trusted
 
 
 def exceedance(null: Reals, values: Reals) -> NDArray[np.float64]:
@@ -90,7 +89,6 @@ class Finding:
         flagged: bool ``[n]``.
         block: The block that they settled at.
         expected_false: See `defense.evidence.Incident`.
-        chance: Chance that as many clean rows are flagged at the same threshold.
         threshold: Score above which rows are flagged.
         strength: See `Controls.strength`.
     """
@@ -98,7 +96,6 @@ class Finding:
     flagged: Mask
     block: Block
     expected_false: tuple[float, float, float]
-    chance: float
     threshold: float
     strength: float
 
@@ -172,28 +169,20 @@ class Controls:
             flagged = self.discoveries(block, without)
         null, scores = self.null(block, without), block.scores
         threshold = float(scores.min() - 1 if flagged.all() else scores[~flagged].max())
-        expected, chance = (0.0, 0.0, 0.0), 1.0
+        expected = (0.0, 0.0, 0.0)
         if flagged.any() and without is None:
-            expected, chance = _false_flags(null, scores[flagged].min(), flagged)
-        return Finding(flagged, block, expected, chance, threshold, self.strength(block, flagged))
+            expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
+        return Finding(flagged, block, expected, threshold, self.strength(block, flagged))
 
 
-def _false_flags(
-    null: Reals, least: np.float32, flagged: Mask
-) -> tuple[tuple[float, float, float], float]:
-    """Expect false flags among clean rows, those that are not flagged.
-
-    Returns:
-        Their mean, and a 95 % interval over samples of the controls; and the chance that they
-        are as many as the rows that are flagged.
-    """
-    generator, clean = np.random.default_rng(0), int((~flagged).sum())
+def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:
+    """Expect false flags among clean rows: their mean, and a 95 % interval over samples."""
+    generator = np.random.default_rng(0)
     drawn = [
         exceedance(generator.choice(null, len(null)), np.array([least]))[0]
         for _ in range(RESAMPLES)
     ]
-    rates = clean * np.array(drawn)
-    low, high = np.quantile(generator.poisson(rates), (0.025, 0.975))
-    mean = float(clean * exceedance(null, np.array([least]))[0])
-    chance = float(poisson.sf(flagged.sum() - 1, rates).mean())
-    return (mean, min(float(low), mean), max(float(high), mean)), max(chance, SMALLEST)
+    counts = generator.poisson(clean * np.array(drawn))
+    low, high = np.quantile(counts, (0.025, 0.975))
+    mean = clean * exceedance(null, np.array([least]))[0]
+    return float(mean), min(float(low), float(mean)), max(float(high), float(mean))

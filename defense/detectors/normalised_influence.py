@@ -65,9 +65,9 @@ class NormalisedInfluence(RowDetector, Coherence):
             for incident, found in _incidents(search, case, int(label)):
                 incidents.append(incident)
                 suspicion = np.fmax(suspicion, found)
-            for incident, found in _of_class(search, int(label), suspicion > 0):
-                incidents.append(incident)
-                suspicion = np.fmax(suspicion, found)
+            incident, found = _of_class(search, int(label), suspicion > 0)
+            incidents.append(incident)
+            suspicion = np.fmax(suspicion, found)
         suspicion = np.where(np.isnan(suspicion), np.nanmin(suspicion), suspicion)
         return replace(self.flags(case, suspicion, 0.0), incidents=tuple(incidents))
 
@@ -101,30 +101,24 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
         yield replace(incident, enrichment=enrichment), suspicion
 
 
-def _of_class(search: Search, label: int, explained: Mask) -> Iterator[tuple[Incident, Reals]]:
-    """Yield what rows of a label have in common that its clean inputs lack, if they can tell.
+def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Reals]:
+    """Tell what rows of a label have in common that its clean inputs lack.
 
     Which inputs are affected does not matter to it.
     """
-    seen = subpopulation(search, label, explained)
-    if seen is None:
-        return
-    suspicion, settings = np.full(len(explained), np.nan, dtype=np.float32), search.settings
-    found, finding = seen.found(settings), seen.finding
-    if found:
-        suspicion[seen.places] = finding.block.scores - finding.threshold
-    yield (
-        Incident(
-            (),
-            label,
-            finding.chance,
-            len(seen.null),
-            int(found * finding.flagged.sum()),
-            settings.false_discovery_rate,
-            finding.expected_false,
-        ),
-        suspicion,
+    seen, settings = subpopulation(search, label, explained), search.settings
+    incident = Incident(
+        affected=(),
+        label=label,
+        p_value=None,
+        num_controls=0 if seen is None else len(seen.null),
+        num_flagged=0 if seen is None else len(seen.rows),
+        false_discovery_rate=settings.false_discovery_rate,
+        expected_false=(0.0, 0.0, 0.0),
     )
+    if seen is None or not len(seen.rows):
+        return incident, np.full(len(explained), np.nan, dtype=np.float32)
+    return replace(incident, expected_false=seen.finding.expected_false), seen.scores
 
 
 def _warn(enrichment: tuple[float, ...], label: int, names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ REPLAYED = 200  # controls that go through the whole procedure themselves, for t
 SAMPLE = 2**13  # rows of all labels, to see which labels an input points to
 LEADING = 0.01  # of them, those that cohere most with it
 PASSES = 3  # blocks that are taken out one after the other, at most
-INPUTS = 1024  # whose directions are in memory together
+BATCH = 1024  # inputs whose directions are in memory together
 
 
 class Coherence(Method):
@@ -37,8 +37,8 @@ class Coherence(Method):
             classes lend theirs.
         seeds: Rows that become queries.
         rounds: Times they do, at most.
-        subpopulation: Share of a class from which on its rows are told if they have something in
-            common that its clean inputs lack; smaller ones occur naturally.
+        subpopulation: Share of a class from which on its rows are flagged if they have something
+            in common that its clean inputs lack; null never looks for that.
     """
 
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
@@ -46,7 +46,7 @@ class Coherence(Method):
     num_controls: int = Field(1000, gt=0)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
-    subpopulation: float = Field(0.05, gt=0, le=1)
+    subpopulation: float | None = Field(0.05, gt=0, le=1)
 
 
 class CleanInputs:
@@ -241,6 +241,6 @@ def starts_of(rows: Rows, images: Tensor, label: int) -> Reals:
     known = rows.directions
     parts = [
         known.towards(known.vectors(part, torch.full((len(part),), label)))
-        for part in images.split(INPUTS)
+        for part in images.split(BATCH)
     ]
     return np.concatenate(parts)

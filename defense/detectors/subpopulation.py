@@ -3,7 +3,7 @@
 Seen from the mean of clean inputs of a class, its rows scatter evenly, unless some have something
 in common that clean inputs do not: then the mean of the rows lies in their direction. Poison with
 correct labels (Witches' Brew, SIG) shows like this even where no input coheres with it. So does a
-source of pictures that the test set does not draw on; that it is poison is for people to say.
+source of pictures that the test set does not draw on.
 """
 
 from dataclasses import dataclass
@@ -13,59 +13,60 @@ from numpy.typing import NDArray
 
 from defense.detectors.coherence import Rows
 from defense.detectors.controls import Controls, Finding
-from defense.detectors.search import FEWEST, Coherence, Search
+from defense.detectors.search import FEWEST, Search
 from defense.records import Mask
 
-INPUTS = 200  # clean inputs of a class that it takes: half for the origin, half for controls
+FEWEST_INPUTS = 200  # clean inputs of a class; half are for the origin, half for controls
 SHARE, SEEDS = 0.1, 1000  # of the rows of a class that become queries; number of them at most
 ROUNDS = 10  # times they do, at most
 
 
 @dataclass(frozen=True)
 class Subpopulation:
-    """What rows of a class cohere in that its clean inputs lack.
+    """What rows of a class have in common that its clean inputs lack.
 
     Attributes:
-        finding: Which of the rows, and how sure.
-        places: Numbers of the rows that were looked at, ``[n]``.
+        rows: Their numbers in the training set, ascending; none if they are too few to be told.
+        scores: How much every row of the training set coheres with them, above the threshold at
+            which rows are flagged, float32 ``[n]``; NaN where a row was not looked at.
+        finding: What was found before their number was asked for.
         null: The clean inputs that they were compared with.
     """
 
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
     finding: Finding
-    places: NDArray[np.int64]
     null: Controls
-
-    def found(self, settings: Coherence) -> bool:
-        """Tell whether it is more than chance, and a large share of its class."""
-        large = self.finding.flagged.mean() >= settings.subpopulation
-        return bool(large) and self.finding.chance <= settings.alarm
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """Numbers of the rows that are flagged."""
-        return self.places[self.finding.flagged]
 
 
 def subpopulation(search: Search, label: int, explained: Mask) -> Subpopulation | None:
     """Look for rows of a class that have in common what its clean inputs lack.
 
     The search starts from the direction in which the mean of the rows lies. The rows that cohere
-    most with it become queries, and so on, as in a search from an input.
+    most with it become queries, and so on, as in a search from an input. What is flagged then at
+    the promised false-discovery rate is told if it is a large enough share of the class.
 
     Args:
-        search: Where to look.
+        search: Where to look, and what share is large enough.
         label: The class.
         explained: Rows that are not looked at, because something else explains them, bool ``[n]``.
 
     Returns:
-        What was found, which may be nothing; None if there are too few clean inputs or rows.
+        What was found, which may be nothing; None if there are too few clean inputs or rows, or
+        nothing is to be looked for.
     """
     places = np.flatnonzero((search.train.labels == label) & ~explained)
     vectors, settings = search.controls(label), search.settings
-    if len(vectors) < INPUTS or len(places) * SHARE < FEWEST:
+    few = len(vectors) < FEWEST_INPUTS or len(places) * SHARE < FEWEST
+    if few or settings.subpopulation is None:
         return None
     half = len(vectors) // 2
     rows = Rows(search.directions.less(vectors[:half]), places)
     null = Controls(rows.directions.towards(vectors[half:]), settings.false_discovery_rate)
     block = rows.grow(rows.mean(), min(int(len(rows) * SHARE), SEEDS), ROUNDS)
-    return Subpopulation(null.judge(rows, block, settings.rounds), places, null)
+    finding = null.judge(rows, block, settings.rounds)
+    scores = np.full(len(explained), np.nan, dtype=np.float32)
+    scores[places] = finding.block.scores - finding.threshold
+    enough = settings.subpopulation * (search.train.labels == label).sum()
+    told = places[finding.flagged] if finding.flagged.sum() >= enough else places[:0]
+    return Subpopulation(told, scores, finding, null)

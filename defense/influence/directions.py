@@ -47,7 +47,16 @@ class StoredDirections:
         return replace(self, store=store)
 
     def less(self, vectors: NDArray[np.float32]) -> "StoredDirections":
-        """See `defense.evidence.Directions.less`."""
+        """See `defense.evidence.Directions.less`.
+
+        Raises:
+            ArtifactError: The store holds components of directions, which are not of length one.
+        """
+        if self.store.components is not None:
+            raise ArtifactError(
+                "expected whole directions, got a store of their leading components: build it "
+                "with components null"
+            )
         return replace(self, origin=torch.from_numpy(vectors.mean(0)))
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
