@@ -126,13 +126,14 @@ def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
 
     def row(found: list[dict[str, Any]]) -> list[str]:
         parts = [model[kind] for model in found]
-        return [
+        cells = [
             f"{sum(part['alarm'] for part in parts)} of {len(parts)}",
             spread(part["tpr"] for part in parts),
             spread(part["precision"] for part in parts),
             spread((sum(not b["suspected"] for b in part["blocks"]) for part in parts), 1.0),
-            f"{sum(part['pointed'] > 0 for part in parts)} of {len(parts)}",
         ]
+        pointed = f"{sum(part['pointed'] > 0 for part in parts)} of {len(parts)}"
+        return [*cells, pointed] if kind == "scan_inputs" else cells
 
     return row
 
@@ -142,16 +143,22 @@ def times(found: list[dict[str, Any]]) -> list[str]:
     seconds = [model["seconds"] for model in found if model["alone"]]
     prepared = ("factors", "directions")
     cells = [
-        spread((sum(own.get(part, 0) for part in parts) / own["epoch"] for own in seconds), 1.0)
+        spread((_sum(own, parts) for own in seconds), 1.0)
         for parts in (prepared, ("investigation",), (*prepared, "scan"), (*prepared, "scan_inputs"))
     ]
     return cells if seconds else []
 
 
+def _sum(seconds: dict[str, float], parts: Iterable[str]) -> float | None:
+    """Epochs that parts take together; None if one was not run."""
+    known = [seconds.get(part) for part in parts]
+    return None if None in known else sum(filter(None, known)) / seconds["epoch"]
+
+
 def page(models: Models) -> str:
     """Write all tables."""
-    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks",
-                 "models where inputs point to a block"]  # fmt: skip
+    scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks"]
+    from_inputs = [*scan_head, "models where inputs point to a block"]
     one = [
         "attack",
         "PSR",
@@ -174,7 +181,7 @@ def page(models: Models) -> str:
         ("A class as a whole", table(classes, each(models, whole))),
         ("After removal", table(after, each(models, repairs))),
         ("Scan of the training set alone", table(scan_head, each(models, scans("scan")))),
-        ("Scan from untriggered inputs", table(scan_head, each(models, scans("scan_inputs")))),
+        ("Scan from untriggered inputs", table(from_inputs, each(models, scans("scan_inputs")))),
         ("Cost in epochs", table(cost, each(models, times))),
     )
     return "\n".join(f"### {title}\n\n{text}" for title, text in parts)
