@@ -208,7 +208,7 @@ def scanned(scan: Scan, suspect: Suspect) -> dict[str, Any]:
         "tpr": hits / suspect.planted.sum() if suspect.planted.any() else None,
         "precision": hits / int(rows.sum()) if rows.any() else None,
         "blocks": blocks,
-        "pointed": len({given.id for given in scan.inputs}),
+        "pointed": len({given.id for given in scan.inputs if given.dictated}),
     }
 
 

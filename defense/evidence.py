@@ -139,13 +139,15 @@ class PointedInput:
         id: Its name.
         place: Its number among the inputs.
         block: Number of the block.
-        p_value: Chance that a clean input coheres as much.
+        p_value: Chance that a clean input coheres as much, adjusted for their number.
+        dictated: Whether that is less than the false-discovery rate.
     """
 
     id: str
     place: int
     block: int
     p_value: float
+    dictated: bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ class Scan:
 
     Attributes:
         blocks: The blocks, suspected or natural.
-        inputs: Inputs whose predictions they dictate, by block and p-value.
+        inputs: Inputs that cohere most with blocks, by block and p-value: all that they dictate,
+            and some more.
         alarm: P-value for all blocks together up to which some are suspected.
         unchecked: Labels with too few rows, or too few clean inputs, to be looked at.
         in_part: Labels with too few rows, or too few clean inputs, to be looked at as a whole.

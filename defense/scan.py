@@ -38,6 +38,7 @@ Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for so
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
 TRIES = 10  # places looked at per attempt, as long as they lead to a known block
+LISTED = 20  # inputs per block that are told, more only if it dictates more
 MOSTLY = 0.5  # share of rows from which on they are taken for the same
 CONTRADICTED = 0.5  # share of the usual agreement up to which labels are contradicted
 
@@ -140,11 +141,13 @@ class Scanner:
         for number, block in enumerate(blocks):  # no input need point to those that were added
             places = np.flatnonzero(predicted == block.label)
             chances = self._dictated(block, starts[block.label])
-            order = np.argsort(chances, kind="stable")
-            order = order[chances[order] <= self.settings.false_discovery_rate]
+            dictated = chances <= self.settings.false_discovery_rate
+            order = np.argsort(chances, kind="stable")[: max(LISTED, dictated.sum())]
             pointed += [
-                PointedInput(str(images.ids[place]), int(place), number, float(p_value))
-                for place, p_value in zip(places[order], chances[order], strict=True)
+                PointedInput(str(images.ids[place]), int(place), number, float(p_value), bool(sure))
+                for place, p_value, sure in zip(
+                    *(column[order] for column in (places, chances, dictated)), strict=True
+                )
             ]
         return Scan(judged, tuple(pointed), self.settings.alarm, unchecked, in_part)
 

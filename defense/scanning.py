@@ -198,11 +198,12 @@ def hand_over(
 
     Of several blocks it is the one whose labels are contradicted most surely.
     """
-    pointed = {given.block for given in scan.inputs if scan.blocks[given.block].suspected}
+    dictated = [given for given in scan.inputs if given.dictated]
+    pointed = {given.block for given in dictated if scan.blocks[given.block].suspected}
     if not pointed:
         return
     best = min(pointed, key=lambda number: scan.blocks[number].p_value)
-    places = np.array([given.place for given in scan.inputs if given.block == best])
+    places = np.array([given.place for given in dictated if given.block == best])
     chosen = images.take(places)
     labels = predicted[places]
     affected = ImageSet(chosen.pixels, labels, chosen.ids, subject.train.class_names, chosen.rows)
@@ -241,7 +242,11 @@ def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
             "p_value": block.p_value,
             "suspected": block.suspected,
             "lacking": block.lacking,
-            "inputs": {given.id: given.p_value for given in scan.inputs if given.block == number},
+            "inputs": [
+                {"id": given.id, "p_value": given.p_value, "dictated": given.dictated}
+                for given in scan.inputs
+                if given.block == number
+            ],
         }
         for number, block in enumerate(scan.blocks)
     ]

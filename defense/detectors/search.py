@@ -215,6 +215,13 @@ class Search:
             )
         return np.array(found)
 
+    def _p_value(self, bench: Bench, label: int, finding: Finding) -> float:
+        """Share of controls that are as strong as a finding, itself counted in."""
+        if not finding.flagged.any():
+            return 1.0  # no control is weaker
+        strengths = self.strengths(bench, label)
+        return float((1 + (strengths >= finding.strength).sum()) / (1 + len(strengths)))
+
     def sightings(self, label: int, start: Reals) -> Iterator[Sighting]:
         """Look for a block, take it out and look again, until nothing is found.
 
@@ -227,9 +234,9 @@ class Search:
         """
         bench, among = self.bench(label), np.arange(len(start))
         for _ in range(PASSES):
-            finding, strengths = bench.judge(start[among]), self.strengths(bench, label)
-            p_value = (1 + (strengths >= finding.strength).sum()) / (1 + len(strengths))
-            yield Sighting(finding, float(p_value), among)
+            finding = bench.judge(start[among])
+            p_value = self._p_value(bench, label, finding)
+            yield Sighting(finding, p_value, among)
             left = ~finding.flagged
             if p_value > self.settings.alarm or left.all() or left.sum() < FEWEST:
                 break
