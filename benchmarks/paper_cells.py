@@ -1,4 +1,4 @@
-"""What the cells of ``pipelines/paper`` found, gathered into one record per attack and seed."""
+"""What the cells of ``pipelines/paper`` found, gathered into one record per suspect model."""
 
 import json
 from collections.abc import Iterator
@@ -6,56 +6,80 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, hardware
+from defense.artifacts import read_manifest
 from defense.errors import DefenseError
 from defense.metrics import detection_quality
 from defense.records import Truth
 from defense.storage import load_flags, load_truth
 from pipelines.matrix import read_cell, settings_of
+from pipelines.params import read_yaml
 from pipelines.paths import REFERENCES
 
 HOME = Path(__file__).parents[1] / "pipelines" / "paper"
 STORE = RESULTS / "paper.json"
 FOUND = ("tpr", "precision")
+PARTS = ("detectors", "repairs")
 ATTACK_STAGES = ("factors", "influence", "directions")  # of which detectors need some
 
-Cell = dict[str, Any]
-Cells = dict[str, Cell]
+Record = dict[str, Any]
+Cells = dict[str, dict[str, Record]]  # of a name and a suspect
 
 
 def gather(home: Path = HOME, store: Path = STORE) -> Cells:
     """Collect all cells on this machine, on top of those that were kept before.
 
-    A record that was made under other parameters is dropped.
+    A record that was made under other parameters, or is in no list of the matrix any more, is
+    dropped. Detectors and repairs are kept with the suspect model that they looked at: the same
+    cell trained on another machine is another model.
 
     Args:
-        home: Folder of the matrix, with its params.yaml and cells.
+        home: Folder of the matrix, with its params.yaml, dvc.yaml and cells.
         store: Results that were kept.
 
     Returns:
-        Records by ``world/seed/attack``, each with the digest of the parameters they hang on.
+        Records by ``world/seed/attack`` and the digest of the suspect, each with the digest of
+        the parameters they hang on.
     """
     kept: Cells = json.loads(store.read_text())["cells"] if store.is_file() else {}
-    cells = {
-        name: cell | {part: _current(home, name, cell[part]) for part in ("detectors", "repairs")}
-        for name, cell in kept.items()
-        if cell["settings"] == _settings(home, name, "influence")
-    }
+    listed = _listed(home)
+    cells: Cells = {}
+    for name, suspects in kept.items():
+        for suspect, cell in suspects.items():
+            if cell["settings"] == _settings(home, name, "influence"):
+                parts = {key: _current(home, name, cell[key], listed) for key in PARTS}
+                cells.setdefault(name, {})[suspect] = cell | parts
     for folder in sorted((home / "cells").glob("*/*/*")):
         name = "/".join(folder.parts[-3:])
         if _note(home, folder, name, "train") is not None:
-            found = _attack(home, folder, name)
-            old = cells.get(name, {"detectors": {}, "repairs": {}})
-            merged = {part: old[part] | found[part] for part in ("detectors", "repairs")}
-            cells[name] = old | found | merged
+            suspect, found = _attack(home, folder, name)
+            old = cells.setdefault(name, {}).get(suspect, {part: {} for part in PARTS})
+            merged = {part: old[part] | found[part] for part in PARTS}
+            cells[name][suspect] = old | found | merged
     return cells
 
 
-def _current(home: Path, name: str, records: dict[str, Cell]) -> dict[str, Cell]:
+def _listed(home: Path) -> set[str]:
+    """Name all detectors, references and repairs ``detector/unlearner`` of the matrix."""
+    lists = read_yaml(home / "dvc.yaml")["vars"][1]["of"]
+    detectors = {
+        entry["name"] for key in ("detectors", "detectors_of_many") for entry in lists[key]
+    }
+    repairs = {
+        f"{entry['detector']}/{entry['unlearner']}"
+        for key in ("repairs", "repairs_of_many")
+        for entry in lists[key]
+    }
+    return detectors | repairs | set(REFERENCES)
+
+
+def _current(
+    home: Path, name: str, records: dict[str, Record], listed: set[str]
+) -> dict[str, Record]:
     """Keep the records that were made under the parameters of today."""
     return {
         part: record
         for part, record in records.items()
-        if record["settings"] == _settings(home, f"{name}/{part}", _stage(part))
+        if part in listed and record["settings"] == _settings(home, f"{name}/{part}", _stage(part))
     }
 
 
@@ -74,7 +98,7 @@ def _settings(home: Path, cell: str, stage: str) -> str | None:
         return None
 
 
-def _note(home: Path, folder: Path, cell: str, stage: str) -> Cell | None:
+def _note(home: Path, folder: Path, cell: str, stage: str) -> Record | None:
     """Read what a stage noted when it ran; None if it has not, or under other parameters."""
     path = folder / "metrics" / f"{stage}.run.json"
     note = _read(path) if path.is_file() else None
@@ -82,18 +106,21 @@ def _note(home: Path, folder: Path, cell: str, stage: str) -> Cell | None:
     return note if current else None
 
 
-def _cost(note: Cell) -> float | None:
+def _cost(note: Record) -> float | None:
     """CPU seconds of a stage; None where an accelerator did the work, or a run was resumed."""
     seconds: float | None = note["cpu_seconds"] if note["device"] == "cpu" else None
     return seconds
 
 
-def _attack(home: Path, folder: Path, name: str) -> Cell:
-    truth, _ = load_truth(folder / "artifacts" / "truth")
+def _attack(home: Path, folder: Path, name: str) -> tuple[str, Record]:
+    """Name the suspect of a cell, and gather what is about it."""
+    truth, planted = load_truth(folder / "artifacts" / "truth")
+    suspect = read_manifest(folder / "artifacts" / "affected").inputs["suspect"]
+    ours = {"poisoned_train": planted.inputs["poisoned_train"], "suspect": suspect}
     stages = {stage: _note(home, folder, name, stage) for stage in ATTACK_STAGES}
     trained = _read(folder / "metrics" / "train.run.json")
     where = {key: trained[key] for key in ("device", "torch")}
-    cell: Cell = {
+    cell: Record = {
         "settings": _settings(home, name, "influence"),
         "hardware": hardware() | where if where["device"] == "cpu" else where,
         "success": _read(folder / "metrics" / "train.json")["success"],
@@ -102,13 +129,15 @@ def _attack(home: Path, folder: Path, name: str) -> Cell:
         "repairs": {},
     }
     for place in sorted(folder.glob("*/artifacts/flags")):
-        _add_detector(home, cell, place, name, truth)
+        if all(ours.get(role, made) == made for role, made in read_manifest(place).inputs.items()):
+            _add_detector(home, cell, place, name, truth)
     for report in sorted(folder.glob("*/*/reports/audit.json")):
-        _add_repair(home, cell, report, name)
-    return cell
+        if _read(report)["artifacts"]["suspect"]["sha256"] == suspect:
+            _add_repair(home, cell, report, name)
+    return suspect[:12], cell
 
 
-def _add_detector(home: Path, cell: Cell, place: Path, name: str, truth: Truth) -> None:
+def _add_detector(home: Path, cell: Record, place: Path, name: str, truth: Truth) -> None:
     """Add what a detector flagged, and what the counterfactuals made of it."""
     folder = place.parents[1]
     note = _note(home, folder, f"{name}/{folder.name}", _stage(folder.name))
@@ -141,7 +170,7 @@ def _add_detector(home: Path, cell: Cell, place: Path, name: str, truth: Truth) 
         }
 
 
-def _add_repair(home: Path, cell: Cell, report: Path, name: str) -> None:
+def _add_repair(home: Path, cell: Record, report: Path, name: str) -> None:
     """Add what one audit measured."""
     part = "/".join(report.parts[-4:-2])
     note = _note(home, report.parents[1], f"{name}/{part}", "remediate")
@@ -156,9 +185,13 @@ def _add_repair(home: Path, cell: Cell, report: Path, name: str) -> None:
         }
         for moment in ("before", "after")
     )
+    cell["images"] = {
+        "psr": audit["before"]["psr"]["total"],
+        "accuracy": audit["before"]["clean_accuracy"]["total"],
+    }
     cell["repairs"][part] = after | {
         "settings": note["settings"],
-        "cpu_seconds": _cost(note),
+        "seconds": note["seconds"],
         "gradient_samples": audit["gradient_samples"]["remediate"],
     }
 
@@ -167,32 +200,55 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def of_attack(cells: Cells, world: str, attack: str) -> dict[str, Cell]:
-    """Select the records of one attack by seed."""
-    parts = {tuple(name.split("/")): cell for name, cell in cells.items()}
+def of_attack(cells: Cells, world: str, attack: str) -> dict[str, list[Record]]:
+    """Select the records of one attack by seed, of every suspect, those with most of them first."""
     return {
-        seed: cell
-        for (place, seed, other), cell in sorted(parts.items())
-        if (place, other) == (world, attack)
+        name.split("/")[1]: sorted(suspects.values(), key=_length, reverse=True)
+        for name, suspects in sorted(cells.items())
+        if (name.split("/")[0], name.split("/")[2]) == (world, attack)
     }
 
 
-def values(cells: Cells, world: str, attack: str, *keys: str) -> Iterator[tuple[str, float]]:
+def _length(cell: Record) -> int:
+    return sum(len(cell[part]) for part in PARTS)
+
+
+def chosen(cells: Cells, world: str, attack: str, *keys: str) -> dict[str, Record]:
+    """Choose for every seed the suspect with most records that has a figure.
+
+    Models on which the attack fails altogether are left out: there is nothing to trace or remove.
+    """
+    found = {}
+    for seed, suspects in of_attack(cells, world, attack).items():
+        able = [cell for cell in suspects if cell["success"] > 0 and _look(cell, keys) is not None]
+        if able:
+            found[seed] = able[0]
+    return found
+
+
+def values(
+    cells: Cells, world: str, attack: str, *keys: str, of: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, float]]:
     """Yield seed and figure of every seed that has the figure.
 
-    Seeds on which the attack fails altogether are left out: there is nothing to trace or remove.
+    Args:
+        cells: All records.
+        world: Data set.
+        attack: Attack.
+        keys: Where the figure is.
+        of: Where another one is that must be of the same suspect; `keys` if None.
     """
-    for seed, cell in of_attack(cells, world, attack).items():
-        value = _look(cell, keys) if cell["success"] > 0 else None
+    for seed, cell in chosen(cells, world, attack, *(of or keys)).items():
+        value = _look(cell, keys)
         if value is not None:
             yield seed, float(value)
 
 
-def _look(cell: Cell, keys: tuple[str, ...]) -> float | None:
+def _look(cell: Record, keys: tuple[str, ...]) -> Any:
     """Follow keys; None where a detector or an unlearner has not run."""
     value: Any = cell
     for depth, key in enumerate(keys):
         if depth < 3 and key not in value:
             return None
         value = value[key]
-    return None if value is None else float(value)
+    return value

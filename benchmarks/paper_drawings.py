@@ -26,13 +26,19 @@ SHOWN = 6  # transforms of Figure 2
 
 
 def draw(cells: Cells, folder: Path) -> None:
-    """Write a picture for every figure that has something to show."""
+    """Write a picture for every figure that has something to show.
+
+    One of which nothing is left is deleted; Figure 2 takes scores, which only the machine has
+    that they were computed on, and stays.
+    """
     folder.mkdir(exist_ok=True)
     for world in sorted({name.split("/")[0] for name in cells}):
         for name, bars in BARS.items():
-            picture = _bars(cells, world, bars)
-            if picture is not None:
-                _write(picture, folder / f"{world}-{name}.png")
+            picture, path = _bars(cells, world, bars), folder / f"{world}-{name}.png"
+            if picture is None:
+                path.unlink(missing_ok=True)
+            else:
+                _write(picture, path)
         collapse = _collapse(world)
         if collapse is not None:
             _write(collapse, folder / f"{world}-figure2.png")
@@ -43,7 +49,14 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
-    """Draw PSR and accuracy for every attack, with deviations over seeds."""
+    """Draw PSR and accuracy for every attack, with deviations over seeds, of what has run."""
+    bars = {
+        name: way
+        for name, way in bars.items()
+        if any(
+            [*values(cells, world, attack, "repairs", "/".join(way), "psr")] for attack in ATTACKS
+        )
+    }
     figure = Figure(figsize=(3.6 * len(ATTACKS), 4.2), layout="constrained")
     drawn = 0
     for column, attack in enumerate(ATTACKS):

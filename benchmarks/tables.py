@@ -8,99 +8,26 @@ pictures in docs/paper and the tables in docs/paper.md; what has not run is a da
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.paper_cells import STORE, Cells, gather, of_attack, values
+from benchmarks.paper_cells import STORE, Cells, Record, chosen, gather, of_attack, values
 from benchmarks.paper_drawings import draw
+from benchmarks.paper_names import (
+    ABLATIONS,
+    ATTACKS,
+    COUNTERFACTUALS,
+    DETECTORS,
+    FIRST_TABLE,
+    PUBLISHED,
+    SEVERAL,
+    UNLEARNERS,
+)
 from defense.artifacts import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"
 COMMAND = "(cd pipelines/paper && dvc repro) && python -m benchmarks.tables"
-ATTACKS = {"badnets": "BadNet", "smooth": "smooth trigger", "witches_brew": "Witches' Brew"}
-DETECTORS = {
-    "spectral_paper": "Spectral Signatures (`paper`)",
-    "spectral_tran": "Spectral Signatures (`tran`)",
-    "activation_clustering": "Activation Clustering",
-    "frequency": "frequency detector",
-    "poison_forensics": "Poison Forensics",
-    "ekfac": "EK-FAC, largest 27 %",
-    "ekfac_zero": "EK-FAC > 0",
-    "delta_influence": "Delta-Influence, all rows",
-    "delta_restricted": "Delta-Influence, rows labelled as predicted",
-    "normalised": "normalised influence",
-}
-ABLATIONS = {
-    "delta_influence": "image and label",
-    "delta_image": "image only",
-    "delta_label": "label only",
-}
-SEVERAL = {
-    "ekfac": "EK-FAC, 1 input",
-    "delta_influence": "Delta-Influence, 1 input",
-    "ekfac_5": "EK-FAC, 5 inputs",
-    "ekfac_boosted_5": "EK-FAC (boosted), 5 inputs",
-    "delta_5": "Delta-Influence, 5 inputs",
-    "ekfac_10": "EK-FAC, 10 inputs",
-    "ekfac_boosted_10": "EK-FAC (boosted), 10 inputs",
-    "delta_10": "Delta-Influence, 10 inputs",
-}
-UNLEARNERS = {
-    "eu": "EU",
-    "cf": "CF, a fifth of the epochs",
-    "cf_full": "CF, all epochs",
-    "cf_last": "CF, last 2 layers",
-    "ssd": "SSD, batches",
-    "ssd_sample": "SSD, single rows",
-    "scrub": "SCRUB",
-    "scrub_cmu": "SCRUB (`cmu`)",
-    "scrub_paper": "SCRUB (the paper's run)",
-    "badt": "BadT, one epoch",
-    "badt_long": "BadT, five epochs",
-    "potion": "Potion",
-}
-COUNTERFACTUALS = {
-    "nothing": "nothing",
-    "found": "flagged poison",
-    "missed": "poison that is not flagged",
-    "any_poison": "as much poison, at random",
-    "clean": "as many clean rows of the target class",
-}
-# Precision / TPR in per cent: Table 1, and Table 4, which also has PSR and accuracy after EU; the
-# body of Table 5 is not in the text at hand.
-PUBLISHED = {
-    ("cifar10", "badnets"): {
-        "spectral_paper": "3.6 / 88.3",
-        "activation_clustering": "2.2 / 94.9",
-        "frequency": "8.0 / 72.3",
-        "ekfac": "2.8 / 67.1",
-        "delta_influence": "17.6 / 99.1",
-    },
-    ("cifar10", "smooth"): {
-        "spectral_paper": "1.3 / 88.3",
-        "activation_clustering": "2.2 / 99.1",
-        "frequency": "0.4 / 3.2",
-        "ekfac": "2.9 / 100",
-        "delta_influence": "13.3 / 100",
-    },
-    ("cifar10", "witches_brew"): {
-        "spectral_paper": "1.4 / 96.8",
-        "activation_clustering": "2.1 / 93.4",
-        "frequency": "10.2 / 93.6",
-        "ekfac": "0.8 / 17.4",
-        "delta_influence": "3.3 / 19.4",
-    },
-    ("imagenette", "badnets"): {
-        "ekfac": "10.5 / 99.3; 0 / 72.4",
-        "delta_influence": "25.8 / 99.3; 0 / 75.4",
-        "ekfac_5": "12.8 / 99.0; 0 / 74.4",
-        "ekfac_boosted_5": "21.8 / 99.0; 0.3 / 74.0",
-        "delta_5": "27.5 / 99.3; 0.3 / 76.6",
-        "ekfac_10": "12.9 / 99.3; 0 / 74.1",
-        "ekfac_boosted_10": "24.2 / 99.3; 0.3 / 73.6",
-        "delta_10": "28.7 / 99.3; 0.3 / 75.0",
-    },
-}
 RESTRICTED = {"delta_restricted", "normalised"}  # detectors whose own rule is the restricted one
 NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
     "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
@@ -111,6 +38,9 @@ PAPER = "paper: precision / TPR; PSR / accuracy after EU"
 BOTH = "PSR < 5 %, 90 % of EU's accuracy"
 COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must keep
 NONE = "–"
+SINGLE = "witches_brew"  # the attack on one image, which succeeds or does not
+OTHER = " †"
+NOTE = "† of other models of these seeds than the figures without it (see above)"
 
 Row = Sequence[str]
 Seeds = Iterable[tuple[str, float]]
@@ -125,29 +55,43 @@ def spread(found: Seeds, scale: float = 100.0) -> str:
     return f"{statistics.fmean(numbers):.1f}{deviation} ({len(numbers)})"
 
 
+def rate(attack: str, found: Seeds) -> str:
+    """Write the rate of something; of an attack on one image, on how many models it happened."""
+    numbers = [value for _, value in found]
+    if attack == SINGLE and numbers:
+        return f"{sum(numbers):.0f} of {len(numbers)}"
+    return spread(("", value) for value in numbers)
+
+
 def table(title: str, head: Row, rows: Iterable[Row]) -> str:
     """Write a table in Markdown; rows of which nothing has run are left out."""
     full = [row for row in rows if any(cell != NONE for cell in row[2:])]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *full)]
-    return f"### {title}\n\n" + "\n".join(lines) + "\n" if full else ""
+    note = ["", NOTE] if any(OTHER in cell for row in full for cell in row) else []
+    return f"### {title}\n\n" + "\n".join(lines + note) + "\n" if full else ""
 
 
 def attacks(cells: Cells, world: str) -> str:
-    """Show that the attacks work: over all seeds, also those on which they fail."""
+    """Show that the attacks work: on all models, also those on which they fail."""
     rows = []
     for attack, name in ATTACKS.items():
-        seeds = of_attack(cells, world, attack)
-        success = [(seed, cell["success"]) for seed, cell in seeds.items()]
-        before = [
-            spread(values(cells, world, attack, "before", key)) for key in ("psr", "accuracy")
-        ]
-        single = attack == "witches_brew"  # one image, which succeeds or does not
-        wins = f"{sum(value > 0 for _, value in success)} of {len(success)} draws"
-        reached = wins if single else spread(success)
-        psr = NONE if single else before[0]
-        rows.append([name, str(len(seeds) or NONE), reached, psr, before[1]])
-    head = ["attack", "seeds", "attacked images that succeed", "PSR before", "accuracy before"]
+        seeds = of_attack(cells, world, attack).items()
+        first = [(seed, suspects[0]) for seed, suspects in seeds]
+        others = [(seed, suspect) for seed, suspects in seeds for suspect in suspects[1:]]
+        rows += [_attack(name, attack, first), _attack(name + OTHER, attack, others)]
+    head = ["attack", "models", "attacked images that succeed", "PSR before", "accuracy before"]
     return table(f"Attacks, {world}", head, rows)
+
+
+def _attack(title: str, attack: str, models: list[tuple[str, Record]]) -> Row:
+    """Show the success of an attack on some models, each with its seed."""
+    success = [(seed, model["success"]) for seed, model in models]
+    psr, accuracy = (
+        spread((seed, model["before"][key]) for seed, model in models if "before" in model)
+        for key in ("psr", "accuracy")
+    )
+    psr = NONE if attack == SINGLE else psr
+    return [title, str(len(models)), rate(attack, success), psr, accuracy]
 
 
 def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
@@ -161,20 +105,29 @@ def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
 
 
 def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str) -> list[str]:
-    """PSR and accuracy after a repair; if every row was flagged, nothing is left to repair."""
-    flagged = values(cells, world, attack, "detectors", detector, "all_flagged")
+    """PSR and accuracy after a repair, of the models that the detector's own figures are of.
+
+    If every row was flagged, nothing is left to repair.
+    """
+    own = ("detectors", detector)
+    flagged = values(cells, world, attack, *own, "all_flagged", of=own)
     emptied = sum(value for _, value in flagged)
     lost = f"; nothing left on {emptied:.0f}" if emptied else ""
-    return [
-        spread(values(cells, world, attack, "repairs", f"{detector}/{unlearner}", key)) + lost
-        for key in ("psr", "accuracy")
-    ]
+    repair = ("repairs", f"{detector}/{unlearner}")
+    psr, accuracy = (
+        values(cells, world, attack, *repair, key, of=own) for key in ("psr", "accuracy")
+    )
+    return [rate(attack, psr) + lost, spread(accuracy) + lost]
 
 
 def _cost(cells: Cells, world: str, attack: str, detector: str) -> str:
     """CPU seconds of a detector, with the stages that work for it."""
-    shared = [dict(values(cells, world, attack, "cpu_seconds", stage)) for stage in NEEDS[detector]]
-    own = values(cells, world, attack, "detectors", detector, "cpu_seconds")
+    timed = ("detectors", detector, "cpu_seconds")
+    own = values(cells, world, attack, *timed)
+    shared = [
+        dict(values(cells, world, attack, "cpu_seconds", stage, of=timed))
+        for stage in NEEDS[detector]
+    ]
     return spread(
         ((seed, value + sum(part[seed] for part in shared)) for seed, value in own
          if all(seed in part for part in shared)), 1.0
@@ -190,10 +143,18 @@ def _base(cells: Cells, world: str, attack: str) -> list[str]:
     return row + [NONE] * 4
 
 
+def _mark(cells: Cells, world: str, attack: str, *keys: str) -> str:
+    """Mark figures of other models than those that most figures are of."""
+    first = {seed: suspects[0] for seed, suspects in of_attack(cells, world, attack).items()}
+    used = chosen(cells, world, attack, *keys)
+    return OTHER if any(model is not first[seed] for seed, model in used.items()) else ""
+
+
 def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> str:
     """Tables 1, 2, 4 and 5: detectors or variants of one, and EU on their own flags."""
-    head = ["attack", "detector", "TPR", "precision", "AP", "restricted: TPR", "precision", "AP",
-            "PSR after EU", "accuracy after EU", "CPU seconds", PAPER]  # fmt: skip
+    head = ["attack", "detector", "TPR", "precision", "AP", "restricted: TPR",
+            "restricted: precision", "restricted: AP", "PSR after EU", "accuracy after EU",
+            "CPU seconds", PAPER]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
         published = PUBLISHED.get((world, attack), {})
@@ -202,7 +163,7 @@ def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> st
             rows.append(
                 [
                     attack_name,
-                    name,
+                    name + _mark(cells, world, attack, "detectors", detector),
                     *_quality(cells, world, attack, detector),
                     *_after(cells, world, attack, detector, "eu"),
                     _cost(cells, world, attack, detector),
@@ -216,36 +177,43 @@ def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> st
 def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
     """Figure 4: every unlearner on the flags of one detector, or on reference flags."""
     head = ["attack", "unlearner", "PSR", "accuracy", "robust accuracy", BOTH,
-            "gradient samples / 1,000", "CPU seconds"]  # fmt: skip
+            "gradient samples / 1,000", "seconds"]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
+        own = ("detectors", detector)
         ran = [
             [
                 attack_name,
                 name,
                 *_after(cells, world, attack, detector, unlearner),
-                spread(values(cells, world, attack, "repairs", key, "robust_accuracy")),
-                _successes(cells, world, attack, key),
-                spread(values(cells, world, attack, "repairs", key, "gradient_samples"), 1e-3),
-                spread(values(cells, world, attack, "repairs", key, "cpu_seconds"), 1.0),
+                rate(attack, values(cells, world, attack, *key, "robust_accuracy", of=own)),
+                _successes(cells, world, attack, *key),
+                spread(values(cells, world, attack, *key, "gradient_samples", of=own), 1e-3),
+                spread(values(cells, world, attack, *key, "seconds", of=own), 1.0),
             ]
             for unlearner, name in UNLEARNERS.items()
-            for key in [f"{detector}/{unlearner}"]
+            for key in [("repairs", f"{detector}/{unlearner}")]
         ]
         before = [
-            spread(values(cells, world, attack, "before", key))
-            for key in ("psr", "accuracy", "robust_accuracy")
+            write(values(cells, world, attack, "before", key, of=own))
+            for key, write in (
+                ("psr", partial(rate, attack)),
+                ("accuracy", spread),
+                ("robust_accuracy", partial(rate, attack)),
+            )
         ]
         if any(cell != NONE for row in ran for cell in row[2:]):
-            rows += [[attack_name, "before", *before, NONE, NONE, NONE], *ran]
+            mark = _mark(cells, world, attack, *own)
+            rows += [[attack_name, "before" + mark, *before, NONE, NONE, NONE], *ran]
     return table(f"{title}, {world}", head, rows)
 
 
-def _successes(cells: Cells, world: str, attack: str, key: str) -> str:
+def _successes(cells: Cells, world: str, attack: str, *key: str) -> str:
     """Count the seeds on which the poison is gone and the model has not collapsed."""
     best = dict(values(cells, world, attack, "repairs", "truth/eu", "accuracy"))
+    own = ("detectors", key[-1].split("/")[0])
     accuracy, psr = (
-        dict(values(cells, world, attack, "repairs", key, part)) for part in ("accuracy", "psr")
+        dict(values(cells, world, attack, *key, part, of=own)) for part in ("accuracy", "psr")
     )
     good = [
         psr[seed] < PSR_BOUND and accuracy[seed] >= COLLAPSE * best[seed]
@@ -268,19 +236,21 @@ def scrub(cells: Cells, world: str) -> str:
 def counterfactual(cells: Cells, world: str, detector: str) -> str:
     """Table 3: what becomes of Witches' Brew without parts of its poison."""
     published = {"found": "0", "missed": "100"}
+    own = ("detectors", detector, "counterfactual")
     seeds = [
         (seed, cell["detectors"][detector]["counterfactual"])
-        for seed, cell in of_attack(cells, world, "witches_brew").items()
-        if "counterfactual" in cell["detectors"].get(detector, {}) and cell["success"] > 0
+        for seed, cell in chosen(cells, world, SINGLE, *own).items()
     ]
     rows = []
     for name, title in COUNTERFACTUALS.items():
         psr, accuracy = (
-            [(seed, value) for seed, found in seeds for value in found[name][key]]
+            [(seed, value) for seed, found in seeds if name in found for value in found[name][key]]
             for key in ("psr", "accuracy")
         )
         wins = f"{sum(value for _, value in psr):.0f} of {len(psr)}" if psr else NONE
-        removed = spread(((seed, found[name]["removed"]) for seed, found in seeds), 1.0)
+        removed = spread(
+            ((seed, found[name]["removed"]) for seed, found in seeds if name in found), 1.0
+        )
         rows.append([title, published.get(name, NONE), removed, wins, spread(accuracy)])
     head = ["retrained without", "paper: PSR", "rows", "trainings that are fooled", "accuracy"]
     title = f"Table 3: counterfactuals of Witches' Brew, {DETECTORS[detector]}, {world}"
@@ -293,7 +263,7 @@ def page(cells: Cells) -> str:
     for world in sorted({name.split("/")[0] for name in cells}):
         parts += [
             attacks(cells, world),
-            detection(cells, world, "Table 1, Figure 3: detectors", DETECTORS),
+            detection(cells, world, f"{FIRST_TABLE.get(world, 'Table 1')}: detectors", DETECTORS),
             detection(cells, world, "Table 2, Figure 7: what a transform changes", ABLATIONS),
             counterfactual(cells, world, "normalised"),
             counterfactual(cells, world, "delta_restricted"),

@@ -39,7 +39,8 @@ class WitchesBrew(Attack):
         epsilon: Largest change of a pixel, in grey levels of 255.
         steps: Optimisation steps; 250 in the source.
         restarts: Tries from different noise, of which the best aligned is used; 8 in the source.
-        learning_rate: Of Adam on the sign of the gradient, in channel deviations.
+        learning_rate: Of Adam on the sign of the gradient, in channel deviations; the source
+            scales it by the share of 512 that there are poisons.
         batch_size: Poisoned rows whose gradient is aligned at once.
     """
 

@@ -52,7 +52,7 @@ class ActivationClustering(RowDetector):
         by_id = np.argsort(train.ids)  # so that the answer does not depend on the rows' order
         for label in sorted(centres):
             rows = by_id[train.labels[by_id] == label]
-            if len(rows) > 2:
+            if len(rows) > 2 and np.ptp(seen[rows], axis=0).any():  # there is something to split
                 others = [centre for other, centre in centres.items() if other != label]
                 suspicion[rows] = self._class_suspicion(seen[rows], centres[label], others, seed)
         return self.flags(case, suspicion, 0.0)

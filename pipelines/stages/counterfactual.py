@@ -1,5 +1,6 @@
 """Counterfactuals: does removing what was flagged, and not something else, end the attack?"""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ TRAININGS = 3  # per set, from different weights and orders
 
 
 def run(params: Params, paths: Paths) -> str:
-    """Retrain without each of five sets of rows and write what becomes of the attack."""
+    """Retrain without each set of rows and write what becomes of the attack."""
     train, manifest = load_images(paths.poisoned_train)
     test, _ = load_images(paths.test)
     probe, _ = load_images(paths.probe)
@@ -75,18 +76,26 @@ def counterfactuals(
     Returns:
         ``nothing``: no row; ``found``: flagged poison; ``missed``: poison that is not flagged;
         ``any_poison``: as many poisoned rows as were found, at random; ``clean``: as many clean
-        rows of the target class.
+        rows of the target class, or all of them if they are fewer. A set without rows is left
+        out, but for ``nothing``.
     """
     found, missed = flagged & truth.poisoned, truth.poisoned & ~flagged
     clean = ~truth.poisoned & (labels == truth.target_class)
     count = int(found.sum())
-    return {
-        "nothing": np.zeros_like(found),
+    if clean.sum() < count:
+        warnings.warn(
+            f"counterfactual clean: the target class has {clean.sum():,} clean rows, fewer than "
+            f"the {count:,} poisoned ones that were found; all of them are left out",
+            stacklevel=2,
+        )
+    sets = {
         "found": found,
         "missed": missed,
         "any_poison": _draw(truth.poisoned, count, generator),
         "clean": _draw(clean, count, generator),
     }
+    nothing = {"nothing": np.zeros_like(found)}
+    return nothing | {name: mask for name, mask in sets.items() if mask.any()}
 
 
 def _draw(mask: Mask, count: int, generator: torch.Generator) -> Mask:

@@ -20,7 +20,11 @@ def run(params: Params, paths: Paths) -> str:
     (queries, scores), scores_manifest = load_scores(paths.scores)
     require_input(scores_manifest, "poisoned_train", manifest.digest, owner=paths.scores)
     require_input(scores_manifest, "suspect", suspect.digest, owner=paths.scores)
-    origin = {"scores": scores_manifest.digest, "poisoned_train": manifest.digest}
+    origin = {
+        "scores": scores_manifest.digest,
+        "poisoned_train": manifest.digest,
+        "suspect": suspect.digest,
+    }
     case, origin = with_directions(Case(blinded(train), model, queries, scores), origin, paths)
     generator = seeded(params.seed, "detect")
     flags = params.detector.detect(case, generator, paths.scratch("detect"))

@@ -265,6 +265,14 @@ def test_activation_clustering_recovers_a_second_blob(rule: str, reducer: str) -
         assert not flags.mask[~second].any()
 
 
+@pytest.mark.parametrize("reducer", ["pca", "ica"])
+def test_activation_clustering_leaves_a_class_alone_whose_rows_look_the_same(reducer: str) -> None:
+    seen, labels = np.random.default_rng(0).normal(size=(60, 8)), np.repeat(np.arange(2), 30)
+    seen[labels == 0] = 1
+    flags = detect(ActivationClustering(reducer=reducer), feature_case(seen, labels))
+    assert not flags.mask[labels == 0].any()
+
+
 def feature_case(seen: np.ndarray, labels: np.ndarray) -> Case:
     """A case whose penultimate activations are given: grey levels through one linear layer."""
     scaled = np.rint(128 + 8 * seen).clip(0, 255).astype(np.uint8)

@@ -122,6 +122,20 @@ def test_report_opens_offline(clone: Path) -> None:
         assert evidence["sha256"] in text
 
 
+def test_counterfactuals_tell_the_cause_from_other_rows(home: Path) -> None:
+    done = stage(home, "counterfactual")
+    assert done.returncode == 0, done.stderr
+    found = load(home / "metrics" / "counterfactual.json")
+    rates = {
+        name: [model["psr"]["value"] for model in entry["trainings"]]
+        for name, entry in found.items()
+    }
+    assert all(len(values) == 3 for values in rates.values())
+    assert found["nothing"]["removed"] == 0
+    assert found["clean"]["removed"] == found["found"]["removed"] > 20
+    assert max(rates["found"]) < min(rates["clean"])
+
+
 def test_stages_repeat_themselves_to_the_byte(home: Path) -> None:
     """The promise of a lineage: the same inputs give the same digest."""
     outs = (

@@ -45,6 +45,17 @@ def test_counterfactuals_are_the_sets_they_are_called() -> None:
     assert set(np.flatnonzero(sets["clean"])) <= {3, 4, 5}
 
 
+def test_counterfactuals_leave_out_what_is_empty_and_tell_what_is_short() -> None:
+    nothing = np.zeros(8, dtype=bool)
+    assert list(counterfactuals(nothing, TRUTH, LABELS, generator())) == ["nothing", "missed"]
+    few = np.where(LABELS == 2, 2, 0)
+    few[4:] = 0  # one clean row is left in the target class
+    with pytest.warns(UserWarning, match="has 1 clean rows, fewer than the 3 poisoned ones"):
+        sets = counterfactuals(POISONED, TRUTH, few, generator())
+    assert "missed" not in sets
+    np.testing.assert_array_equal(np.flatnonzero(sets["clean"]), [3])
+
+
 def test_affected_inputs_succeed_unless_others_may_fill_up(split: Split) -> None:
     probe = replace(split.test, labels=np.ones(len(split.test), dtype=np.int64))
     predicted = np.zeros(len(probe), dtype=np.int64)

@@ -24,26 +24,32 @@ def found(name: str, detector: str, *, tpr: float = 0.9, cpu_seconds: float | No
         "predicted_label": quality(tpr),
         "cpu_seconds": cpu_seconds,
         "all_flagged": False,
-        "settings": settings(f"{name}/{detector}", "detect"),
+        "settings": settings(f"{name}/{detector}", paper_cells._stage(detector)),
     }
 
 
 def cell(name: str, *, success: float = 1.0, tpr: float = 0.9, accuracy: float = 0.8) -> dict:
     """A record of one attack and seed in which Delta-Influence and EU have run."""
     repair = {"psr": 0.01, "accuracy": accuracy, "robust_accuracy": 0.7, "gradient_samples": 2000,
-              "cpu_seconds": 3.0}  # fmt: skip
+              "seconds": 3.0}  # fmt: skip
+    detectors = {key: found(name, key, tpr=tpr) for key in ("normalised", "truth")}
     return {
         "settings": settings(name, "influence"),
         "success": success,
         "share": {"all": 0.03, "predicted_label": 0.25},
         "cpu_seconds": {"factors": 20.0, "influence": 10.0},
         "before": {"psr": success, "accuracy": 0.85, "robust_accuracy": 0.1},
-        "detectors": {"normalised": found(name, "normalised", tpr=tpr)},
+        "detectors": detectors,
         "repairs": {
             key: repair | {"settings": settings(f"{name}/{key}", "remediate")}
             for key in ("normalised/eu", "truth/eu")
         },
     }
+
+
+def alone(cells: dict[str, dict]) -> paper_cells.Cells:
+    """Give every cell a single suspect."""
+    return {name: {"suspect": record} for name, record in cells.items()}
 
 
 def row(text: str, *starts: str) -> list[str]:
@@ -59,7 +65,7 @@ def test_means_and_deviations_over_seeds() -> None:
     cells = {
         f"cifar10/{s}/badnets": cell("cifar10/0/badnets", tpr=t) for s, t in enumerate((0.8, 1.0))
     }
-    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["normalised"])
+    shown = row(tables.page(alone(cells)), "BadNet", tables.DETECTORS["normalised"])
     assert shown[:3] == ["–"] * 3  # its own rule is the restricted one
     assert shown[3] == "90.0 ± 14.1 (2)"
     assert shown[6:8] == ["1.0 ± 0.0 (2)", "80.0 ± 0.0 (2)"]
@@ -68,7 +74,7 @@ def test_means_and_deviations_over_seeds() -> None:
 
 def test_every_detector_stands_beside_what_flagging_every_row_gives() -> None:
     shown = row(
-        tables.page({"cifar10/0/badnets": cell("cifar10/0/badnets")}), "BadNet", "every row"
+        tables.page(alone({"cifar10/0/badnets": cell("cifar10/0/badnets")})), "BadNet", "every row"
     )
     assert shown[:6] == ["100", "3.0 (1)", "–", "100", "25.0 (1)", "–"]
 
@@ -78,7 +84,7 @@ def test_detectors_pay_for_the_scores_they_need() -> None:
     cells = {name: cell(name)}
     for detector in ("ekfac", "frequency"):
         cells[name]["detectors"][detector] = found(name, detector, cpu_seconds=1.0)
-    page = tables.page(cells)
+    page = tables.page(alone(cells))
     assert row(page, "BadNet", tables.DETECTORS["ekfac"])[-2] == "31.0 (1)"
     assert row(page, "BadNet", tables.DETECTORS["frequency"])[-2] == "1.0 (1)"
 
@@ -87,7 +93,7 @@ def test_flagging_every_row_is_told() -> None:
     name = "cifar10/0/badnets"
     cells = {name: cell(name)}
     cells[name]["detectors"]["ekfac"] = found(name, "ekfac") | {"all_flagged": True}
-    shown = row(tables.page(cells), "BadNet", tables.DETECTORS["ekfac"])
+    shown = row(tables.page(alone(cells)), "BadNet", tables.DETECTORS["ekfac"])
     assert shown[6] == "–; nothing left on 1"
 
 
@@ -97,8 +103,8 @@ def test_an_attack_that_fails_counts_for_nothing_else() -> None:
         name: cell(name, success=1.0, tpr=0.2),
         "cifar10/1/witches_brew": cell(name, success=0.0, tpr=0.9),
     }
-    page = tables.page(cells)
-    assert row(page, "Witches' Brew", "2")[0] == "1 of 2 draws"
+    page = tables.page(alone(cells))
+    assert row(page, "Witches' Brew", "2")[0] == "1 of 2"
     assert row(page, "Witches' Brew", tables.DETECTORS["normalised"])[3] == "20.0 (1)"
 
 
@@ -107,7 +113,7 @@ def test_published_figures_stand_beside_their_own_attack_alone() -> None:
     for name, record in cells.items():
         for detector in ("ekfac", "ekfac_5"):
             record["detectors"][detector] = found(name, detector, cpu_seconds=1.0)
-    page = tables.page(cells)
+    page = tables.page(alone(cells))
     assert row(page, "BadNet", tables.DETECTORS["ekfac"])[-1] == "2.8 / 67.1"
     assert row(page, "smooth trigger", tables.DETECTORS["ekfac"])[-1] == "2.9 / 100"
     assert row(page, "BadNet", tables.SEVERAL["ekfac_5"])[-1] == "–"  # of Imagenette
@@ -116,9 +122,9 @@ def test_published_figures_stand_beside_their_own_attack_alone() -> None:
 def test_collapse_is_judged_seed_by_seed() -> None:
     cells = {f"cifar10/{s}/badnets": cell("cifar10/0/badnets") for s in range(2)}
     cells["cifar10/1/badnets"]["repairs"]["normalised/eu"]["accuracy"] = 0.5
-    assert "1 of 2" in row(tables.page(cells), "BadNet", "EU")
+    assert "1 of 2" in row(tables.page(alone(cells)), "BadNet", "EU")
     cells["cifar10/0/badnets"]["repairs"]["normalised/eu"]["psr"] = 0.2
-    page = tables.page(cells)
+    page = tables.page(alone(cells))
     assert "0 of 2" in row(page, "BadNet", "EU")
     assert row(page, "BadNet", "before")[:3] == [
         "100.0 ± 0.0 (2)",
@@ -134,7 +140,7 @@ def test_counterfactuals_count_trainings() -> None:
         part: {"removed": 7, "psr": [1.0, 0.0, 1.0], "accuracy": [0.7, 0.8, 0.9]}
         for part in tables.COUNTERFACTUALS
     }
-    shown = row(tables.page(cells), "poison that is not flagged")
+    shown = row(tables.page(alone(cells)), "poison that is not flagged")
     assert shown == ["100", "7.0 (1)", "2 of 3", "80.0 ± 10.0 (3)"]
 
 
@@ -144,21 +150,47 @@ def test_records_of_other_parameters_are_dropped(tmp_path: Path) -> None:
     stale["settings"] = "other"
     good["repairs"]["normalised/cf"] = good["repairs"]["normalised/eu"]  # of other settings
     good["detectors"]["zap"] = good["detectors"]["normalised"]  # gone
-    store.write_text(json.dumps({"cells": {
+    good["repairs"]["delta_restricted/cf"] = good["repairs"]["normalised/eu"] | {
+        "settings": settings("cifar10/0/badnets/delta_restricted/cf", "remediate")
+    }  # in no list of the matrix
+    store.write_text(json.dumps({"cells": alone({
         "cifar10/0/badnets": good, "cifar10/1/badnets": stale, "mars/0/badnets": good,
-    }}))  # fmt: skip
-    shutil.copy(paper_cells.HOME / "params.yaml", tmp_path)
+    })}))  # fmt: skip
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(paper_cells.HOME / name, tmp_path)
     kept = paper_cells.gather(tmp_path, store)
     assert list(kept) == ["cifar10/0/badnets"]
-    assert set(kept["cifar10/0/badnets"]["repairs"]) == {"normalised/eu", "truth/eu"}
-    assert set(kept["cifar10/0/badnets"]["detectors"]) == {"normalised"}
+    [record] = kept["cifar10/0/badnets"].values()
+    assert set(record["repairs"]) == {"normalised/eu", "truth/eu"}
+    assert set(record["detectors"]) == {"normalised", "truth"}
+
+
+def test_what_is_of_another_model_is_marked_and_measured_on_that_model() -> None:
+    name = "cifar10/0/badnets"
+    first, second = cell(name, tpr=0.5), cell(name, success=0.7, tpr=0.9)
+    first["detectors"]["ekfac"] = found(name, "ekfac", tpr=0.4)
+    del first["detectors"]["normalised"], first["repairs"]["normalised/eu"]
+    first["repairs"]["nothing/eu"] = first["repairs"]["truth/eu"]
+    second["detectors"]["ekfac"] = found(name, "ekfac", tpr=0.1)
+    second["repairs"]["ekfac/eu"] = second["repairs"]["normalised/eu"]
+    second["detectors"].pop("truth"), second["repairs"].pop("truth/eu")
+    first["detectors"]["nothing"] = first["detectors"]["truth"]
+    page = tables.page({name: {"one": second, "other": first}})
+    assert row(page, "BadNet", tables.DETECTORS["ekfac"])[3] == "40.0 (1)"
+    assert row(page, "BadNet", tables.DETECTORS["ekfac"])[6] == "–"  # EU ran on the other model
+    assert row(page, "BadNet", tables.DETECTORS["normalised"] + tables.OTHER)[3] == "90.0 (1)"
+    assert row(page, "BadNet" + tables.OTHER, "1")[0] == "70.0 (1)"
+    assert row(page, "BadNet", "before" + tables.OTHER)[0] == "70.0 (1)"
+    assert page.count(tables.NOTE) == 3
 
 
 def test_a_misspelt_figure_is_an_error() -> None:
     cells = {"cifar10/0/badnets": cell("cifar10/0/badnets")}
     with pytest.raises(KeyError):
         list(
-            paper_cells.values(cells, "cifar10", "badnets", "detectors", "normalised", "all", "tbr")
+            paper_cells.values(
+                alone(cells), "cifar10", "badnets", "detectors", "normalised", "all", "tbr"
+            )
         )
 
 
