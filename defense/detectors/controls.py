@@ -16,6 +16,7 @@ TAIL = 0.2  # of the controls, to whose cosines a tail is fitted
 SHAPED = 20  # controls in the tail from which on its shape is fitted, too
 HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
 LIKELY = 0.5  # chance up to which a row may be clean and still be flagged
+RELATED = 1 / 3  # of a block's own coherence, from which on something is of the same cause
 RESAMPLES = 200  # of the controls, for the interval of false flags
 
 
@@ -128,9 +129,17 @@ class Controls:
         return float(self.standardised(block.start)[flagged].clip(0).sum())
 
     def are_of_one_incident(self, block: Block, other: Block) -> bool:
-        """Tell whether the input of each block coheres with the seeds of the other one."""
-        ours, theirs = self.standardised(block.start), self.standardised(other.start)
-        return bool(np.median(ours[other.seeds]) >= JOINED <= np.median(theirs[block.seeds]))
+        """Tell whether the input of each block coheres with the seeds of the other one.
+
+        That is more than clean inputs do, and a third as much as with its own seeds, or more: an
+        attack on the same class may cohere a little.
+        """
+        return self._joins(block, other) and self._joins(other, block)
+
+    def _joins(self, block: Block, other: Block) -> bool:
+        ours = self.standardised(block.start)
+        own, theirs = np.median(ours[block.seeds]), np.median(ours[other.seeds])
+        return bool(theirs >= JOINED and theirs >= RELATED * own)
 
     def __len__(self) -> int:
         """Return the number of clean inputs."""
@@ -145,11 +154,14 @@ class Controls:
         """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995).
 
         Of these, only rows that are poison rather than not: a clean row far from the others is
-        not flagged because many poisons beyond it keep the rate low.
+        not flagged because many poisons beyond it keep the rate low. And only rows that cohere
+        with the block a third as much as its seeds do, or more: others may have something to
+        do with it, such as an attack of its own on the same class, but not the same cause.
         """
-        p_values = exceedance(self.null(block, without), block.scores)
+        scores, p_values = block.scores, exceedance(self.null(block, without), block.scores)
         found: Mask = false_discovery_control(p_values) <= self.rate
-        return found & (local_rates(p_values) <= LIKELY)
+        of_the_block = scores >= RELATED * np.median(scores[block.seeds])
+        return found & (local_rates(p_values) <= LIKELY) & of_the_block
 
     def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
         """Flag rows; if they are more than the seeds they become the seeds, until they settle.

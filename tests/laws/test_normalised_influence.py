@@ -249,12 +249,38 @@ def test_a_clean_row_far_from_a_block_is_not_flagged_for_its_sake() -> None:
     starts = rng.normal(size=(400, SIZE)).astype(np.float32)
     scores = np.median(rng.normal(size=(16, SIZE)), axis=0).astype(np.float32)
     scores[:200] = rng.normal(3, 0.2, 200)
-    scores[200] = 0.95  # beyond nearly all controls, and far from the block
+    scores[200] = 1.05  # beyond nearly all controls, and far from the block
     block = Block(scores, scores, np.arange(16))
     found = Controls(starts, 0.05).discoveries(block)
     np.testing.assert_array_equal(np.flatnonzero(found), np.arange(200))
     p_values = exceedance(Controls(starts, 0.05).null(block), scores)
     assert (false_discovery_control(p_values) <= 0.05)[200]
+
+
+def test_rows_of_another_attack_are_not_flagged_for_cohering_a_little() -> None:
+    vectors = np.random.default_rng(1).normal(size=(SIZE, WIDTH))
+    vectors[BLOCK, 0] += 20
+    vectors[OTHER, 1] += 20
+    vectors[OTHER, 0] += 4.5
+    rows = Rows(Vectors(unit(vectors), {}), np.arange(SIZE))
+    clean = np.stack([towards(None, seed) for seed in range(100, 700)])
+    controls = Controls((clean @ unit(vectors).T).astype(np.float32), 0.05)
+    ours, theirs = (
+        rows.grow((direction @ unit(vectors).T).astype(np.float32), seeds=16, rounds=5)
+        for direction in (
+            towards(0, 3, 20.0),
+            unit(towards(1, 4, 20.0) + 0.25 * towards(0, 5, 20.0)),
+        )
+    )
+    found = controls.judge(rows, ours, 5)
+    np.testing.assert_array_equal(np.flatnonzero(found.flagged), BLOCK)
+    p_values = exceedance(controls.null(found.block), found.block.scores)
+    assert (false_discovery_control(p_values)[OTHER] <= 0.05).sum() > 5  # though some stand out
+    assert set(theirs.seeds) <= set(OTHER)
+    standard = controls.standardised(theirs.start)
+    assert np.median(standard[ours.seeds]) > 2  # as their input does
+    assert not controls.are_of_one_incident(ours, theirs)
+    assert controls.are_of_one_incident(ours, ours)
 
 
 def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
