@@ -120,7 +120,7 @@ def told_apart(suspect: Suspect, chosen: Sequence[Tensor]) -> dict[str, int]:
     label = suspect.poisoned[0].truth.target_class
     bench = suspect.search(NormalisedInfluence()).bench(label)
     starts = starts_of(bench.rows, torch.cat([*chosen]), label)
-    groups = together([bench.grow(start) for start in starts], bench.null)
+    groups = together([bench.judge(start) for start in starts], bench.null)
     mixed = sum(len({*owner[group].tolist()}) > 1 for group in groups)
     return {"inputs": len(owner), "incidents": len(groups), "mixed": mixed}
 
@@ -130,7 +130,8 @@ def investigation(
 ) -> dict[str, Any]:
     """Investigate one affected input, and compare what was found with the truth.
 
-    Recall is of the attack it belongs to, precision of poison of any attack.
+    Recall is of the attack it belongs to, precision of poison of any attack; rows of another
+    attack are counted in the block that is found first.
     """
     alarm, flagged = search.settings.alarm, np.zeros(len(start), dtype=np.bool_)
     expected = np.zeros(3)
@@ -141,6 +142,7 @@ def investigation(
             expected += sighting.finding.expected_false
     own, any_attack = truth.poisoned[bench.rows.places], planted[bench.rows.places]
     hits, all_flags = int((flagged & any_attack).sum()), int(flagged.sum())
+    first = seen[0].finding.flagged if seen[0].found(alarm) else np.zeros_like(flagged)
     return {
         "found": seen[0].found(alarm),
         "p_value": seen[0].p_value,
@@ -148,6 +150,7 @@ def investigation(
         "flagged": all_flags,
         "tpr": float((flagged & own).sum() / truth.poisoned.sum()),
         "precision": hits / all_flags if all_flags else None,
+        "of_another": int((first & any_attack & ~own).sum()),
         "inside": bool(expected[1] <= all_flags - hits <= expected[2]),
     }
 

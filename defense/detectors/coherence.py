@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
 
 from defense.evidence import Directions
 from defense.records import Mask
@@ -13,6 +14,8 @@ Reals = NDArray[np.float32]
 
 CHUNK = 2**26  # cosines that are computed together
 MEMORY = 2**28  # cosines between rows that are kept
+APART = 0.4  # cosine between what two groups of rows share, below which they have two causes
+SMALLEST = 16  # rows of a group
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,29 @@ def _median(values: Reals) -> Reals:
               ((count - 1) // 2, count // 2)]  # fmt: skip
     result: Reals = (middle[0] + middle[1]) / 2
     return result
+
+
+def halves(cosines: Reals) -> Mask | None:
+    """Tell rows of two causes apart.
+
+    Rows of one cause share a direction, be it a large or a small part of them: cosines between
+    two groups of them are the geometric mean of those within. The groups are those of 2-means
+    on how each row coheres with all, whatever the size of that.
+
+    Args:
+        cosines: Between the rows, NaN with themselves, ``[m, m]``.
+
+    Returns:
+        The rows of one of two causes, bool ``[m]``; None if all seem to have the same.
+    """
+    if len(cosines) < 2 * SMALLEST:
+        return None
+    profiles = np.nan_to_num(cosines)
+    profiles /= np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
+    first = KMeans(2, n_init=10, random_state=0).fit(profiles).labels_ == 0
+    if min(first.sum(), (~first).sum()) < SMALLEST:
+        return None
+    within, other = (np.nanmedian(cosines[np.ix_(group, group)]) for group in (first, ~first))
+    between = np.median(cosines[np.ix_(first, ~first)])
+    one = min(within, other) <= 0 or between >= APART * np.sqrt(within * other)
+    return None if one else first

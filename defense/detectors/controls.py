@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import false_discovery_control
 
-from defense.detectors.coherence import Block, Reals, Rows
+from defense.detectors.coherence import Block, Reals, Rows, halves
 from defense.records import Mask, mask_of
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
@@ -128,18 +128,25 @@ class Controls:
         """Tell how much a block's input itself coheres with flagged rows, bool ``[n]``."""
         return float(self.standardised(block.start)[flagged].clip(0).sum())
 
-    def are_of_one_incident(self, block: Block, other: Block) -> bool:
-        """Tell whether the input of each block coheres with the seeds of the other one.
+    def are_of_one_incident(self, finding: Finding, other: Finding) -> bool:
+        """Tell whether what was found for two inputs has one cause.
 
-        That is more than clean inputs do, and a third as much as with its own seeds, or more: an
-        attack on the same class may cohere a little.
+        If rows are flagged for both, they are mostly the same. If not, the input of each coheres
+        with the seeds of the other one more than clean inputs do, and a third as much as with
+        its own, or more: an attack on the same class may cohere a little.
         """
-        return self._joins(block, other) and self._joins(other, block)
+        fewer = min(finding.flagged.sum(), other.flagged.sum())
+        if fewer:
+            return bool((finding.flagged & other.flagged).sum() > fewer / 2)
+        return self._joins(finding, other) and self._joins(other, finding)
 
-    def _joins(self, block: Block, other: Block) -> bool:
-        ours = self.standardised(block.start)
-        own, theirs = np.median(ours[block.seeds]), np.median(ours[other.seeds])
-        return bool(theirs >= JOINED and theirs >= RELATED * own)
+    def reach(self, finding: Finding, other: Finding) -> float:
+        """Tell how an input coheres with another one's seeds, in deviations of clean inputs."""
+        return float(np.median(self.standardised(finding.block.start)[other.block.seeds]))
+
+    def _joins(self, finding: Finding, other: Finding) -> bool:
+        theirs = self.reach(finding, other)
+        return theirs >= JOINED and theirs >= RELATED * self.reach(finding, finding)
 
     def __len__(self) -> int:
         """Return the number of clean inputs."""
@@ -166,6 +173,8 @@ class Controls:
     def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
         """Flag rows; if they are more than the seeds they become the seeds, until they settle.
 
+        If they have two causes, only the rows are flagged of that which the input coheres with.
+
         Args:
             rows: The rows.
             block: The block of an input.
@@ -179,12 +188,27 @@ class Controls:
                 break
             block = rows.regrow(block, flagged)
             flagged = self.discoveries(block, without)
+        known = np.zeros_like(flagged)  # by now, to have another cause
+        while (other := _other_cause(rows, block, flagged)) is not None:
+            known |= other
+            block = rows.regrow(block, flagged & ~known)
+            flagged = self.discoveries(block, without) & ~known
         null, scores = self.null(block, without), block.scores
         threshold = float(scores.min() - 1 if flagged.all() else scores[~flagged].max())
         expected = (0.0, 0.0, 0.0)
         if flagged.any() and without is None:
             expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
         return Finding(flagged, block, expected, threshold, self.strength(block, flagged))
+
+
+def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
+    """Find flagged rows of another cause than the block's input has; None if all have one."""
+    places = np.flatnonzero(flagged)
+    first = halves(rows.between(places)[:, places])
+    if first is None:
+        return None
+    groups = places[first], places[~first]
+    return mask_of(min(groups, key=lambda group: np.median(block.start[group])), len(flagged))
 
 
 def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from defense.detectors.candidates import RowDetector, narrowed
-from defense.detectors.coherence import Block, Reals
-from defense.detectors.controls import Controls
+from defense.detectors.coherence import Reals
+from defense.detectors.controls import Controls, Finding
 from defense.detectors.search import CleanInputs, Coherence, Search, Sighting, starts_of
 from defense.detectors.subpopulation import subpopulation
 from defense.errors import DataError
@@ -87,7 +87,7 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
     original = np.flatnonzero(case.queries.changed("none"))[numbers]
     images = case.queries.images[torch.from_numpy(original)]
     starts = starts_of(bench.rows, images, label)
-    for group in together([bench.grow(start) for start in starts], bench.null):
+    for group in together([bench.judge(start) for start in starts], bench.null):
         seen = [*search.sightings(label, starts[group].mean(0))]
         suspicion = np.full(len(case.train), np.nan, dtype=np.float32)
         for sighting in seen:
@@ -138,8 +138,11 @@ def _warn(enrichment: tuple[float, ...], label: int, names: Sequence[str]) -> No
 
 def _above(sighting: Sighting, alarm: float) -> Reals:
     """Tell how far a sighting puts rows above its threshold; none if chance explains it."""
-    scores, found = sighting.finding.block.scores, sighting.found(alarm)
-    return scores - (sighting.finding.threshold if found else scores.max())
+    finding, found = sighting.finding, sighting.found(alarm)
+    above = finding.block.scores - (finding.threshold if found else finding.block.scores.max())
+    within = np.maximum(above, np.finfo(np.float32).tiny)
+    result: Reals = np.where(finding.flagged & found, within, np.minimum(above, 0))
+    return result
 
 
 def _incident(
@@ -162,15 +165,28 @@ def _incident(
     )
 
 
-def together(blocks: list[Block], null: Controls) -> list[list[int]]:
-    """Group affected inputs of one incident: lists of their places."""
+def together(findings: list[Finding], null: Controls) -> list[list[int]]:
+    """Group affected inputs of one incident: lists of their places.
+
+    One that leads to no rows by itself joins the incident that it coheres with most, and never
+    makes two of them one.
+    """
     groups: list[list[int]] = []
-    for place, block in enumerate(blocks):
+    for place in sorted(
+        range(len(findings)), key=lambda number: not findings[number].flagged.any()
+    ):
+        finding = findings[place]
         joined = [
             group
             for group in groups
-            if any(null.are_of_one_incident(block, blocks[number]) for number in group)
+            if any(null.are_of_one_incident(finding, findings[number]) for number in group)
         ]
+        if not finding.flagged.any():
+            reach = {
+                id(group): max(null.reach(finding, findings[number]) for number in group)
+                for group in joined
+            }
+            joined = sorted(joined, key=lambda group: -reach[id(group)])[:1]
         groups = [group for group in groups if group not in joined]
         groups.append(sorted([place, *itertools.chain(*joined)]))
     return sorted(groups)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.stats import false_discovery_control
 
-from defense.detectors.coherence import Block, Rows
-from defense.detectors.controls import Controls, exceedance, local_rates
-from defense.detectors.normalised_influence import NormalisedInfluence
+from defense.detectors.coherence import Block, Rows, halves
+from defense.detectors.controls import Controls, Finding, exceedance, local_rates
+from defense.detectors.normalised_influence import NormalisedInfluence, together
 from defense.errors import DataError
 from defense.evidence import Incident
 from defense.records import Case, Flags, ImageSet, Queries
@@ -279,8 +279,76 @@ def test_rows_of_another_attack_are_not_flagged_for_cohering_a_little() -> None:
     assert set(theirs.seeds) <= set(OTHER)
     standard = controls.standardised(theirs.start)
     assert np.median(standard[ours.seeds]) > 2  # as their input does
+    nothing = np.zeros(SIZE, dtype=bool)
+    ours, theirs = (replace(found, block=block, flagged=nothing) for block in (ours, theirs))
     assert not controls.are_of_one_incident(ours, theirs)
     assert controls.are_of_one_incident(ours, ours)
+
+
+def test_an_input_that_leads_to_no_rows_joins_one_incident_and_not_two() -> None:
+    rng = np.random.default_rng(0)
+    controls = Controls(rng.normal(size=(200, 90)).astype(np.float32), 0.05)
+    rows = np.arange(90)
+
+    def finding(start: np.ndarray, flagged: np.ndarray, seeds: np.ndarray) -> Finding:
+        block = Block(start.astype(np.float32), start.astype(np.float32), seeds)
+        return Finding(flagged, block, (0.0, 0.0, 0.0), 0.0, 0.0)
+
+    first, second = rows < 30, (rows >= 30) & (rows < 60)
+    strong = [
+        finding(9.0 * group, group & (rows != left), rows[group])
+        for group in (first, second)
+        for left in (0, 40)
+    ]
+    weak = finding(3.0 * first + 4.0 * second, rows < 0, rows[16:44])
+    lost = finding(3.0 * (rows >= 60), rows < 0, rows[70:86])
+    assert together([weak, *strong, lost], controls) == [[0, 3, 4], [1, 2], [5]]
+
+
+def shared(axis: int, seed: int | None = None) -> np.ndarray:
+    """Rows, or an input, of one of two attacks that have much in common."""
+    rng = np.random.default_rng(seed)
+    vector = rng.normal(size=(40, WIDTH) if seed is None else WIDTH)
+    vector[..., axis] += 20
+    vector[..., 2] += 15
+    return unit(vector)
+
+
+def test_attacks_on_one_class_that_have_much_in_common_are_told_apart() -> None:
+    vectors = vectors_with()
+    other = np.setdiff1d(OTHER, BLOCK)[:40]
+    vectors[BLOCK], vectors[other] = shared(0), shared(1)
+    case = case_of(vectors, [shared(0, 3), shared(1, 4), shared(0, 5)], LABELS)
+    flags = detect(case)
+    assert {incident.affected for incident in flags.incidents} == {(0, 2), (1,), ()}
+    assert flags.mask[BLOCK].all()
+    assert flags.mask[other].all()
+    rows = Rows(Vectors(vectors, {}), np.flatnonzero(LABELS == 1))
+    clean = np.stack([towards(None, seed) for seed in range(100, 700)])
+    controls = Controls((clean @ vectors[rows.places].T).astype(np.float32), 0.05)
+    block = rows.grow((shared(0, 3) @ vectors[rows.places].T).astype(np.float32), 16, 5)
+    related = controls.discoveries(block)[np.isin(rows.places, other)]
+    assert related.mean() > 0.2  # they are not left out by cohering too little
+    found = controls.judge(rows, block, 5)
+    np.testing.assert_array_equal(rows.places[found.flagged], BLOCK)
+
+
+@pytest.mark.parametrize("strengths", [(20.0, 20.0), (8.0, 24.0)])
+def test_strong_and_weak_rows_of_one_attack_have_one_cause(strengths: tuple[float, float]) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(120, WIDTH))
+    vectors[:, 0] += np.linspace(*strengths, 120)
+    cosines = (unit(vectors) @ unit(vectors).T).astype(np.float32)
+    np.fill_diagonal(cosines, np.nan)
+    assert halves(cosines) is None
+    vectors[:50, 0] = rng.normal(size=50)
+    vectors[:50, 1] += np.linspace(*strengths, 50)
+    cosines = (unit(vectors) @ unit(vectors).T).astype(np.float32)
+    np.fill_diagonal(cosines, np.nan)
+    found = halves(cosines)
+    assert found is not None
+    np.testing.assert_array_equal(found if found[0] else ~found, np.arange(120) < 50)
+    assert halves(cosines[35:65, 35:65]) is None  # too few to tell
 
 
 def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
