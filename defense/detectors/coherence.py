@@ -130,7 +130,7 @@ def halves(cosines: Reals) -> Mask | None:
         return None
     profiles = np.nan_to_num(cosines)
     profiles /= np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
-    first = KMeans(2, n_init=10, random_state=0).fit(profiles).labels_ == 0
+    first = KMeans(2, n_init=4, random_state=0).fit(profiles).labels_ == 0
     if min(first.sum(), (~first).sum()) < SMALLEST:
         return None
     within, other = (np.nanmedian(cosines[np.ix_(group, group)]) for group in (first, ~first))

@@ -212,13 +212,21 @@ def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
 
 
 def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:
-    """Expect false flags among clean rows: their mean, and a 95 % interval over samples."""
+    """Expect false flags among clean rows: their mean, and a 95 % interval.
+
+    The interval is over samples of the controls, whose tail is fitted anew, and over what the
+    number of controls as large as the least of the flags leaves open (Jeffreys' prior): a
+    thousand of which none is cannot tell one row in two thousand from none.
+    """
     generator = np.random.default_rng(0)
-    drawn = [
+    fitted = [
         exceedance(generator.choice(null, len(null)), np.array([least]))[0]
         for _ in range(RESAMPLES)
     ]
-    counts = generator.poisson(clean * np.array(drawn))
-    low, high = np.quantile(counts, (0.025, 0.975))
+    reached = int((null >= least).sum())
+    counted = generator.beta(reached + 0.5, len(null) - reached + 0.5, RESAMPLES)
+    ends = [np.quantile(generator.poisson(clean * rates), (0.025, 0.975))
+            for rates in (np.array(fitted), counted)]  # fmt: skip
+    low, high = np.min(ends), np.max(ends)
     mean = clean * exceedance(null, np.array([least]))[0]
     return float(mean), min(float(low), float(mean)), max(float(high), float(mean))
