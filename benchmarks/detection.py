@@ -118,9 +118,10 @@ def told_apart(suspect: Suspect, chosen: Sequence[Tensor]) -> dict[str, int]:
     """Give inputs of all attacks at once; count incidents, and those that mix attacks."""
     owner = np.repeat(np.arange(len(chosen)), [len(images) for images in chosen])
     label = suspect.poisoned[0].truth.target_class
-    bench = suspect.search(NormalisedInfluence()).bench(label)
+    search = suspect.search(NormalisedInfluence())
+    bench = search.bench(label)
     starts = starts_of(bench.rows, torch.cat([*chosen]), label)
-    groups = together([bench.judge(start) for start in starts], bench.null)
+    groups = together([search.certain(label, start) for start in starts], bench.null)
     mixed = sum(len({*owner[group].tolist()}) > 1 for group in groups)
     return {"inputs": len(owner), "incidents": len(groups), "mixed": mixed}
 

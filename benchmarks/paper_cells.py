@@ -28,9 +28,9 @@ Cells = dict[str, dict[str, Record]]  # of a name and a suspect
 def gather(home: Path = HOME, store: Path = STORE) -> Cells:
     """Collect all cells on this machine, on top of those that were kept before.
 
-    A record that was made under other parameters, or is in no list of the matrix any more, is
-    dropped. Detectors and repairs are kept with the suspect model that they looked at: the same
-    cell trained on another machine is another model.
+    A record that was made under other parameters is dropped, and a detector's or repair's that is
+    in no list of the matrix any more. Detectors and repairs are kept with the suspect model that
+    they looked at: the same cell trained on another machine is another model.
 
     Args:
         home: Folder of the matrix, with its params.yaml, dvc.yaml and cells.

@@ -40,7 +40,10 @@ COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must k
 NONE = "–"
 SINGLE = "witches_brew"  # the attack on one image, which succeeds or does not
 OTHER = " †"
-NOTE = "† of other models of these seeds than the figures without it (see above)"
+NOTE = (
+    "† of other models of these seeds than the figures without it (see above); "
+    "what accuracy EU has on the true poison is then of those"
+)
 
 Row = Sequence[str]
 Seeds = Iterable[tuple[str, float]]

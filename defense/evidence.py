@@ -68,7 +68,8 @@ class Incident:
         num_flagged: Rows that are flagged; none if the verdict is that nothing was found.
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
-            ends of a 95 % interval over resampled controls and what their number leaves open.
+            wider ends of two 95 % intervals: over resampled controls, and over what their
+            number leaves open.
         p_value_left: P-value of the block that is found once the flagged rows are taken out:
             above the alarm, what is left looks like controls. None without flags.
         enrichment: How many times as frequent every label is among the rows of all labels that

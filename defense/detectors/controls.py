@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
-from scipy.stats import false_discovery_control
+from scipy.stats import betabinom, false_discovery_control
 
 from defense.detectors.coherence import Block, Reals, Rows, halves
 from defense.records import Mask, mask_of
@@ -90,7 +90,7 @@ class Finding:
         flagged: bool ``[n]``.
         block: The block that they settled at.
         expected_false: See `defense.evidence.Incident`.
-        threshold: Score above which rows are flagged.
+        threshold: Largest score of a row that is not flagged.
         strength: See `Controls.strength`.
     """
 
@@ -170,29 +170,37 @@ class Controls:
         of_the_block = scores >= RELATED * np.median(scores[block.seeds])
         return found & (local_rates(p_values) <= LIKELY) & of_the_block
 
-    def judge(self, rows: Rows, block: Block, rounds: int, without: int | None = None) -> Finding:
+    def judge(
+        self,
+        rows: Rows,
+        block: Block,
+        rounds: int,
+        without: int | None = None,
+        *,
+        one_cause: bool = True,
+    ) -> Finding:
         """Flag rows; if they are more than the seeds they become the seeds, until they settle.
-
-        If they have two causes, only the rows are flagged of that which the input coheres with.
 
         Args:
             rows: The rows.
             block: The block of an input.
             rounds: Times they do, at most.
             without: The clean input it is of, if it is of one.
+            one_cause: If they then have two causes, flag only rows of that which the input
+                coheres with; they are scored by each other once more.
         """
         flagged = self.discoveries(block, without)
         for _ in range(rounds):
-            known = mask_of(block.seeds, len(flagged))
-            if flagged.sum() <= len(block.seeds) or np.array_equal(flagged, known):
+            seeds = mask_of(block.seeds, len(flagged))
+            if flagged.sum() <= len(block.seeds) or np.array_equal(flagged, seeds):
                 break
             block = rows.regrow(block, flagged)
             flagged = self.discoveries(block, without)
-        known = np.zeros_like(flagged)  # by now, to have another cause
-        while (other := _other_cause(rows, block, flagged)) is not None:
-            known |= other
-            block = rows.regrow(block, flagged & ~known)
-            flagged = self.discoveries(block, without) & ~known
+        excluded = np.zeros_like(flagged)
+        while one_cause and (other := _other_cause(rows, block, flagged)) is not None:
+            excluded |= other
+            block = rows.regrow(block, flagged & ~excluded)
+            flagged = self.discoveries(block, without) & ~excluded
         null, scores = self.null(block, without), block.scores
         threshold = float(scores.min() - 1 if flagged.all() else scores[~flagged].max())
         expected = (0.0, 0.0, 0.0)
@@ -204,7 +212,7 @@ class Controls:
 def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
     """Find flagged rows of another cause than the block's input has; None if all have one."""
     places = np.flatnonzero(flagged)
-    first = halves(rows.between(places)[:, places])
+    first = halves(rows.where(flagged).between(np.arange(len(places))))
     if first is None:
         return None
     groups = places[first], places[~first]
@@ -212,9 +220,9 @@ def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
 
 
 def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:
-    """Expect false flags among clean rows: their mean, and a 95 % interval.
+    """Expect false flags among clean rows: their mean, and the wider ends of two 95 % intervals.
 
-    The interval is over samples of the controls, whose tail is fitted anew, and over what the
+    One is over samples of the controls, whose tail is fitted anew, the other over what the
     number of controls as large as the least of the flags leaves open (Jeffreys' prior): a
     thousand of which none is cannot tell one row in two thousand from none.
     """
@@ -224,9 +232,9 @@ def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, flo
         for _ in range(RESAMPLES)
     ]
     reached = int((null >= least).sum())
-    counted = generator.beta(reached + 0.5, len(null) - reached + 0.5, RESAMPLES)
-    ends = [np.quantile(generator.poisson(clean * rates), (0.025, 0.975))
-            for rates in (np.array(fitted), counted)]  # fmt: skip
-    low, high = np.min(ends), np.max(ends)
+    counted = betabinom(clean, reached + 0.5, len(null) - reached + 0.5)
+    ends = (0.025, 0.975)
+    drawn = np.quantile(generator.poisson(clean * np.array(fitted)), ends)
+    low, high = np.minimum(*(pair := (drawn, counted.ppf(ends))))[0], np.maximum(*pair)[1]
     mean = clean * exceedance(null, np.array([least]))[0]
     return float(mean), min(float(low), float(mean)), max(float(high), float(mean))

@@ -87,7 +87,7 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
     original = np.flatnonzero(case.queries.changed("none"))[numbers]
     images = case.queries.images[torch.from_numpy(original)]
     starts = starts_of(bench.rows, images, label)
-    for group in together([bench.judge(start) for start in starts], bench.null):
+    for group in together([search.certain(label, start) for start in starts], bench.null):
         seen = [*search.sightings(label, starts[group].mean(0))]
         suspicion = np.full(len(case.train), np.nan, dtype=np.float32)
         for sighting in seen:
@@ -169,24 +169,36 @@ def together(findings: list[Finding], null: Controls) -> list[list[int]]:
     """Group affected inputs of one incident: lists of their places.
 
     One that leads to no rows by itself joins the incident that it coheres with most, and never
-    makes two of them one.
+    makes two of them one; those that join none may form one among themselves.
     """
-    groups: list[list[int]] = []
-    for place in sorted(
-        range(len(findings)), key=lambda number: not findings[number].flagged.any()
-    ):
+    lead = [place for place, finding in enumerate(findings) if finding.flagged.any()]
+    groups = _joined(lead, findings, null)
+    lost = []
+    for place in sorted(set(range(len(findings))) - set(lead)):
         finding = findings[place]
+        reach = {
+            number: null.reach(finding, findings[number])
+            for number in lead
+            if null.are_of_one_incident(finding, findings[number])
+        }
+        if reach:
+            next(group for group in groups if max(reach, key=lambda n: reach[n]) in group).append(
+                place
+            )
+        else:
+            lost.append(place)
+    return sorted(sorted(group) for group in groups + _joined(lost, findings, null))
+
+
+def _joined(places: list[int], findings: list[Finding], null: Controls) -> list[list[int]]:
+    """Group findings, each of which is of one incident with another one of its group."""
+    groups: list[list[int]] = []
+    for place in places:
         joined = [
             group
             for group in groups
-            if any(null.are_of_one_incident(finding, findings[number]) for number in group)
+            if any(null.are_of_one_incident(findings[place], findings[other]) for other in group)
         ]
-        if not finding.flagged.any():
-            reach = {
-                id(group): max(null.reach(finding, findings[number]) for number in group)
-                for group in joined
-            }
-            joined = sorted(joined, key=lambda group: -reach[id(group)])[:1]
         groups = [group for group in groups if group not in joined]
-        groups.append(sorted([place, *itertools.chain(*joined)]))
-    return sorted(groups)
+        groups.append([place, *itertools.chain(*joined)])
+    return groups

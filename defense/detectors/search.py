@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -241,6 +241,17 @@ class Search:
             if p_value > self.settings.alarm or left.all() or left.sum() < FEWEST:
                 break
             bench, among = bench.where(left), among[left]
+
+    def certain(self, label: int, start: Reals) -> Finding:
+        """Look for a block once; what chance explains has no flags.
+
+        Args:
+            label: Among whose rows.
+            start: Cosine of an input with them, ``[n]``.
+        """
+        first = next(self.sightings(label, start))
+        flagged = first.finding.flagged & first.found(self.settings.alarm)
+        return replace(first.finding, flagged=flagged)
 
 
 def starts_of(rows: Rows, images: Tensor, label: int) -> Reals:

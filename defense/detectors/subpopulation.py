@@ -64,7 +64,7 @@ def subpopulation(search: Search, label: int, explained: Mask) -> Subpopulation 
     rows = Rows(search.directions.less(vectors[:half]), places)
     null = Controls(rows.directions.towards(vectors[half:]), settings.false_discovery_rate)
     block = rows.grow(rows.mean(), min(int(len(rows) * SHARE), SEEDS), ROUNDS)
-    finding = null.judge(rows, block, settings.rounds)
+    finding = null.judge(rows, block, settings.rounds, one_cause=False)
     scores = np.full(len(explained), np.nan, dtype=np.float32)
     scores[places] = finding.block.scores - finding.threshold
     enough = settings.subpopulation * (search.train.labels == label).sum()
