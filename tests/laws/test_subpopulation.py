@@ -75,6 +75,16 @@ def test_what_an_input_explains_is_not_told_again() -> None:
     assert of_class(flags).num_flagged == 0
 
 
+def test_two_causes_in_a_class_are_both_told() -> None:
+    first, second = np.split(np.flatnonzero(LABELS == 1)[: 2 * len(LARGE)], 2)
+    vectors = vectors_with(first, second)
+    vectors[[*first, *second], 2] += 0.45
+    flags = detect(case_with(shifted(unit(vectors)), towards(None, 3)))
+    assert of_class(flags).num_flagged > 1.8 * len(LARGE)
+    assert flags.mask[first].mean() > 0.9
+    assert flags.mask[second].mean() > 0.9
+
+
 def test_a_share_of_a_class_is_told_only_if_it_is_large_enough() -> None:
     case = case_with(shifted(vectors_with(LARGE)), towards(None, 3))
     assert detect(case, subpopulation=0.2).verdict == "nothing found"
