@@ -26,6 +26,7 @@ class Phase:
             cross-entropy with the labels.
         name: Says everything about the objective that matters, for the checkpoint's key.
         batch_size: Rows per step; None takes the recipe's.
+        rows: Rows of an epoch, drawn anew for each; None is all.
     """
 
     images: ImageSet
@@ -33,15 +34,21 @@ class Phase:
     objective: Objective | None = None
     name: str = "cross-entropy"
     batch_size: int | None = None
+    rows: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return min(self.rows or len(self.images), len(self.images))
 
     @property
     def num_gradients(self) -> int:
         """Per-sample gradients it takes."""
-        return self.epochs * len(self.images)
+        return self.epochs * self.num_rows
 
     def steps(self, recipe: Recipe) -> int:
         """Steps per epoch."""
-        return -(-len(self.images) // (self.batch_size or recipe.batch_size))
+        return -(-self.num_rows // (self.batch_size or recipe.batch_size))
 
     def loss(self, model: nn.Module, batch: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Evaluate the objective."""

@@ -175,7 +175,7 @@ def train(
     stepper = Stepper(model, recipe, frozen)
     parts = (
         recipe.model_dump_json().encode(),
-        repr([(phase.epochs, phase.name, phase.batch_size) for phase in phases]).encode(),
+        repr([(p.epochs, p.name, p.batch_size, p.rows) for p in phases]).encode(),
         digest_of_model(model),
         *(digest_of_images(phase.images) for phase in phases),
         repr(sorted(frozen)).encode(),
@@ -243,14 +243,14 @@ def _epoch(
 ) -> float:
     """Run one epoch, each step at its share of all steps; returns the mean loss."""
     recipe, images = stepper.recipe, phase.images
-    order = torch.randperm(len(images), generator=generator).numpy()
+    order = torch.randperm(len(images), generator=generator).numpy()[: phase.num_rows]
     total = torch.zeros((), device=stepper.place)
     for rows, share in zip(np.array_split(order, len(shares)), shares, strict=True):
         batch = augment(images.images(rows), recipe, generator)
         loss = stepper.step(phase, batch, rows, learning_rate_at(recipe, float(share)))
         total += loss * len(rows)  # stays on the device: no step waits for it
         bar.update()
-    return float(total) / len(images)
+    return float(total) / len(order)
 
 
 def all_but_last(model: nn.Module, count: int) -> list[str]:

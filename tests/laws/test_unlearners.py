@@ -15,7 +15,7 @@ from defense.models.small_cnn import SmallCnn
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import Split, Trained
-from defense.training import all_but_last
+from defense.training import Stepper, all_but_last
 from defense.unlearning import AnyUnlearner
 from defense.unlearning.bad_teacher import BadTeacher
 from defense.unlearning.dampening import batch_importance, dampened, sample_importance
@@ -187,16 +187,36 @@ def test_scrub_weighs_cross_entropy_and_divergence(trained, split: Split, wrong,
 
 def test_the_benchmarks_scrub_takes_turns_until_its_ascent_is_done() -> None:
     method = CorrectiveScrub(steps=11, ascent_steps=4, batch_size=10)
+    up, down = (True, 10), (False, 20)
     assert method.turns(num_forget=10, num_retain=20) == [
-        True,
-        False,
-        True,
-        False,
-        False,
-        False,
-        False,
+        up,
+        down,
+        up,
+        down,
+        down,
+        down,
+        (False, 10),
     ]
-    assert method.turns(num_forget=1, num_retain=20) == [False] * 6
+    assert method.turns(num_forget=1, num_retain=20) == [down] * 5 + [(False, 10)]
+    assert method.turns(num_forget=10, num_retain=1000) == [up, (False, 100)]
+
+
+def test_the_benchmarks_scrub_breaks_off_after_its_steps(trained, repair: Repair) -> None:
+    """Its rates are those of the source's schedule, which would end a quarter later."""
+    rates: list[float] = []
+    step = Stepper.step
+
+    def noted(self, phase, batch, rows, rate):
+        rates.append(rate)
+        return step(self, phase, batch, rows, rate)
+
+    method = CorrectiveScrub(steps=7, ascent_steps=1, batch_size=32, warmup=0.0, learning_rate=0.01)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stepper, "step", noted)
+        done = method.unlearn(repair, trained[0])
+    assert rates == pytest.approx([0.01 * (1 - number / (1.25 * 7)) for number in range(7)])
+    turns = method.turns(len(repair.forget), len(repair.retain))
+    assert done.gradient_samples == sum(rows for _, rows in turns)
 
 
 def test_bad_teacher_imitates_chance_on_flagged_rows_alone(trained, repair: Repair) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from defense.compute import seeded
 from defense.errors import DataError, NumericalError
@@ -163,6 +164,29 @@ def test_warm_up_takes_its_share_of_the_steps(warmup: float) -> None:
     assert rates.index(max(rates)) == 1000 * warmup
     assert max(rates) == 0.5
     assert rates[(1000 + round(1000 * warmup)) // 2] == pytest.approx(0.25, rel=0.01)
+
+
+def test_the_rate_falls_to_what_is_asked_for() -> None:
+    recipe = Recipe(epochs=1, learning_rate=0.5, warmup=0.0, final_rate=0.2)
+    rates = [learning_rate_at(recipe, step / 50) for step in range(50)]
+    assert rates == pytest.approx([0.5 * (1 - step / 62.5) for step in range(50)])
+
+
+def test_an_epoch_of_some_rows_draws_them_anew(split: Split) -> None:
+    """Steps see as many rows as asked for, other ones in each epoch, and pay for these alone."""
+    seen: list[list[int]] = []
+
+    def noting(model: nn.Module, batch: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        seen.append(rows.tolist())
+        return F.cross_entropy(model(batch), split.train.targets(rows))
+
+    phase = Phase(split.train, 2, noting, "noting", rows=40)
+    done = train(model_for(split), [phase], Recipe(epochs=2, batch_size=16), seeded(0, "order"))
+    assert [len(rows) for rows in seen] == [14, 13, 13] * 2
+    first, second = ({row for rows in seen[at : at + 3] for row in rows} for at in (0, 3))
+    assert len(first) == len(second) == 40
+    assert first != second
+    assert done.gradient_samples == 80
 
 
 def test_dropout_is_seeded_and_torch_is_left_alone(split: Split) -> None:
