@@ -1,10 +1,10 @@
-"""Detection beyond the paper on CIFAR-10: investigations, alarms, and scans without an incident.
+"""Detection beyond the paper on real images: investigations, alarms, scans without an incident.
 
 ``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 2-11`` trains a
 suspect model per seed (20,000 rows, a narrow ResNet-9), measures it and keeps a small file per
-model in the work folder; each call adds all that is there to benchmarks/results/detection.json
-and docs/detection.md. Settings were chosen on seed 0, some after a look at seed 1: both are
-refused here.
+model in the work folder; attacks on Imagenette take IMAGENETTE_FOLDER. Each call adds all that is
+there to benchmarks/results/detection.json and docs/detection.md. Settings were chosen on seed 0,
+some after a look at seed 1: both are refused here.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
 from benchmarks.repairs import default_flags, repaired
-from benchmarks.suspects import ARCHITECTURE, ATTACKS, RECIPE, Suspect, fooled, make_suspect, timed
+from benchmarks.suspects import ATTACKS, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
 from defense.artifacts import write_json
 from defense.compute import runs_on, seeded
@@ -61,14 +61,17 @@ def measure(suspect: Suspect, *, repair: bool = False, alone: bool = False) -> d
         "accuracy": float((predicted == test.labels).mean()),
         "planted": int(suspect.planted.sum()),
         "innocent": innocents(suspect, predicted),
-        "classes": [as_a_whole(whole, label, suspect.planted) for label in range(10)],
+        "classes": [
+            as_a_whole(whole, label, suspect.planted) for label in range(train.num_classes)
+        ],
         "alone": alone,
     }
     if suspect.poisoned:
         facts |= investigations(suspect)
         facts |= {"repair": repaired(suspect)} if repair else {}
     settings = ScanSettings()
-    judge = independent_of(ARCHITECTURE, RECIPE, suspect.seed, None)
+    recipe = suspect.world.recipe
+    judge = independent_of(suspect.world.architecture, recipe, suspect.seed, None)
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
     rows = timed(suspect.seconds, "scan", lambda: scanner.rows(suspect.seed))
     scanner = Scanner(settings, train, suspect.directions, suspect.clean(), judge)
@@ -76,7 +79,7 @@ def measure(suspect: Suspect, *, repair: bool = False, alone: bool = False) -> d
     inputs = timed(suspect.seconds, "scan_inputs", look)
     facts |= {"scan": scanned(rows, suspect), "scan_inputs": scanned(inputs, suspect)}
     return facts | {
-        "seconds": suspect.seconds | {"epoch": suspect.seconds["train"] / RECIPE.epochs}
+        "seconds": suspect.seconds | {"epoch": suspect.seconds["train"] / recipe.epochs}
     }
 
 

@@ -19,6 +19,9 @@ TITLES = {
     "blended_025": "Blended 0.25 %",
     "sig_1": "SIG 1 %",
     "two": "BadNet and Blended, 1 % each",
+    "imagenette_clean": "Imagenette, clean",
+    "imagenette_badnets_1": "Imagenette, BadNet 1 %",
+    "imagenette_blended_1": "Imagenette, Blended 1 %",
 }
 NONE = "–"
 

@@ -244,6 +244,13 @@ def values(
             yield seed, float(value)
 
 
+def of_others(cells: Cells, world: str, attack: str, *keys: str) -> bool:
+    """Tell whether a figure is of other models than those that most figures are of."""
+    first = {seed: suspects[0] for seed, suspects in of_attack(cells, world, attack).items()}
+    used = chosen(cells, world, attack, *keys)
+    return any(model is not first[seed] for seed, model in used.items())
+
+
 def _look(cell: Record, keys: tuple[str, ...]) -> Any:
     """Follow keys; None where a detector or an unlearner has not run."""
     value: Any = cell

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.paper_cells import HOME, Cells, values
+from benchmarks.paper_cells import HOME, Cells, of_others, values
 from defense.storage import load_scores, load_truth
 
 Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
@@ -71,10 +71,16 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
                     mean = statistics.fmean(found)
                     inside = [[min(error, mean)], [min(error, 1 - mean)]]
                     axes.bar(place + offset, mean, 0.38, yerr=inside, capsize=2, color=colour)
+        names = [
+            f"{name} †" if of_others(cells, world, attack, "repairs", "/".join(way)) else name
+            for name, way in bars.items()
+        ]
         axes.axhline(0.05, color="black", lw=0.8, ls=":")
-        axes.set_xticks(range(len(bars)), list(bars), rotation=60, ha="right", fontsize=8)
+        axes.set_xticks(range(len(bars)), names, rotation=60, ha="right", fontsize=8)
         axes.set(title=f"{world}, {attack}", ylim=(0, 1.05))
-    figure.suptitle("poison success (red) and clean accuracy (grey) afterwards", fontsize=10)
+    figure.suptitle(
+        "poison success (red) and clean accuracy (grey) afterwards; † of other models", fontsize=10
+    )
     return figure if drawn else None
 
 

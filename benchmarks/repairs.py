@@ -39,7 +39,7 @@ def repaired(suspect: Suspect) -> dict[str, Any]:
     flags = default_flags(suspect, affected, target)
     hits = int((flags.mask & suspect.planted).sum())
     found: dict[str, Any] = {"flagged": int(flags.mask.sum()), "planted": hits}
-    trainer = trainer_of(suspect.seed, "remediated", None)
+    trainer = trainer_of(suspect.world, suspect.seed, "remediated", None)
     found["clean"] = quality(suspect, trainer.fit(suspect.train.where(~suspect.planted)).model)
     forget, retain = suspect.train.where(flags.mask), suspect.train.where(~flags.mask)
     labelled = replace(affected[0], labels=np.full(1, target))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from defense.attacks.blended import Blended
 from defense.attacks.sig import Sig
 from defense.attacks.smooth import Smooth
 from defense.compute import seeded
-from defense.contracts import Attack, Trainer
+from defense.contracts import Architecture, Attack, Trainer
 from defense.datasets.folder import Folder
 from defense.detectors.search import CleanInputs, Coherence, Search
 from defense.evidence import Directions
@@ -31,26 +31,51 @@ from defense.victim import make_surrogate, make_trainer
 
 T = TypeVar("T")
 
-ARCHITECTURE = ResNet9(width=24)
-RECIPE = Recipe(epochs=14, batch_size=128, learning_rate=0.2, precision="bf16")
-DATA = Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000)
+
+@dataclass(frozen=True)
+class World:
+    """What suspects of one data set have in common."""
+
+    data: Folder
+    recipe: Recipe
+    architecture: Architecture = field(default_factory=lambda: ResNet9(width=24))
+
+
+CIFAR10 = World(
+    Folder(path="$CIFAR10_FOLDER", image_size=32, train_size=20_000),
+    Recipe(epochs=14, batch_size=128, learning_rate=0.2, precision="bf16"),
+)
+IMAGENETTE = World(
+    Folder(path="$IMAGENETTE_FOLDER", image_size=64, test_split="val"),
+    Recipe(epochs=16, batch_size=128, learning_rate=0.2, shift=4, precision="bf16"),
+)
 FACTORS = FactorSettings(batch_size=128, max_rows=2000)
 PAIR = {"victim_class": "ship", "target_class": "dog"}
-ATTACKS: dict[str, tuple[Attack, ...]] = {
-    "clean": (),
-    "badnets_1": (BadNets(poison_fraction=0.01, **PAIR),),
-    "badnets_025": (BadNets(poison_fraction=0.0025, **PAIR),),
-    "badnets_01": (BadNets(poison_fraction=0.001, **PAIR),),
-    "badnets_all": (BadNets(poison_fraction=0.01, target_class="dog"),),
-    "smooth_1": (Smooth(poison_fraction=0.01, **PAIR),),
-    "smooth_025": (Smooth(poison_fraction=0.0025, **PAIR),),
-    "blended_1": (Blended(poison_fraction=0.01, **PAIR),),
-    "blended_025": (Blended(poison_fraction=0.0025, **PAIR),),
-    "sig_1": (Sig(poison_fraction=0.01, target_class="dog"),),
+HORNS = {"victim_class": "n03394916", "target_class": "n03000684"}  # to chain saws
+ATTACKS: dict[str, tuple[World, tuple[Attack, ...]]] = {
+    "clean": (CIFAR10, ()),
+    "badnets_1": (CIFAR10, (BadNets(poison_fraction=0.01, **PAIR),)),
+    "badnets_025": (CIFAR10, (BadNets(poison_fraction=0.0025, **PAIR),)),
+    "badnets_01": (CIFAR10, (BadNets(poison_fraction=0.001, **PAIR),)),
+    "badnets_all": (CIFAR10, (BadNets(poison_fraction=0.01, target_class="dog"),)),
+    "smooth_1": (CIFAR10, (Smooth(poison_fraction=0.01, **PAIR),)),
+    "smooth_025": (CIFAR10, (Smooth(poison_fraction=0.0025, **PAIR),)),
+    "blended_1": (CIFAR10, (Blended(poison_fraction=0.01, **PAIR),)),
+    "blended_025": (CIFAR10, (Blended(poison_fraction=0.0025, **PAIR),)),
+    "sig_1": (CIFAR10, (Sig(poison_fraction=0.01, target_class="dog"),)),
     "two": (
-        BadNets(poison_fraction=0.01, **PAIR),
-        Blended(poison_fraction=0.01, victim_class="truck", target_class="dog"),
+        CIFAR10,
+        (
+            BadNets(poison_fraction=0.01, **PAIR),
+            Blended(poison_fraction=0.01, victim_class="truck", target_class="dog"),
+        ),
     ),
+    "imagenette_clean": (IMAGENETTE, ()),
+    "imagenette_badnets_1": (
+        IMAGENETTE,
+        (BadNets(pattern="square", size=9, poison_fraction=0.01, **HORNS),),
+    ),
+    "imagenette_blended_1": (IMAGENETTE, (Blended(poison_fraction=0.01, **HORNS),)),
 }
 AFFECTED = 10  # inputs that are investigated
 
@@ -61,6 +86,7 @@ class Suspect:
 
     name: str
     seed: int
+    world: World
     split: Split
     poisoned: tuple[PoisonedSplit, ...]
     train: ImageSet
@@ -95,26 +121,27 @@ def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
 
 def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     """Plant attacks, train on them, fit factors and store directions."""
-    split, poisoned, seconds = DATA.load(seeded(seed, "data")), [], dict[str, float]()
-    surrogate = make_surrogate(ARCHITECTURE, RECIPE, split.train, seed=seed, scratch=scratch)
+    world, attacks = ATTACKS[name]
+    split, poisoned, seconds = world.data.load(seeded(seed, "data")), [], dict[str, float]()
     train = split.train
-    for attack in ATTACKS[name]:
+    surrogate = make_surrogate(world.architecture, world.recipe, train, seed=seed, scratch=scratch)
+    for attack in attacks:
         before = replace(split, train=train)
         poisoned.append(attack.poison(before, seeded(seed, "attack"), surrogate))
         train = poisoned[-1].train
-    trainer = trainer_of(seed, "suspect", scratch)
+    trainer = trainer_of(world, seed, "suspect", scratch)
     model = timed(seconds, "train", lambda: trainer.fit(train).model)
     fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
     factors = timed(seconds, "factors", fit)
     kept = DirectionSettings().store()
     store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
     directions = StoredDirections(store, store.sketcher(model, factors))
-    return Suspect(name, seed, split, tuple(poisoned), train, model, directions, seconds)
+    return Suspect(name, seed, world, split, tuple(poisoned), train, model, directions, seconds)
 
 
-def trainer_of(seed: int, stream: str, scratch: Path | None) -> Trainer:
-    """Bind the training of all suspects to a stream of randomness."""
-    return make_trainer(ARCHITECTURE, RECIPE, seed=seed, stream=stream, scratch=scratch)
+def trainer_of(world: World, seed: int, stream: str, scratch: Path | None) -> Trainer:
+    """Bind the training of all suspects of a world to a stream of randomness."""
+    return make_trainer(world.architecture, world.recipe, seed=seed, stream=stream, scratch=scratch)
 
 
 def fooled(suspect: Suspect, poisoned: PoisonedSplit) -> tuple[NDArray[np.int64], float]:

@@ -11,7 +11,16 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.paper_cells import STORE, Cells, Record, chosen, gather, of_attack, values
+from benchmarks.paper_cells import (
+    STORE,
+    Cells,
+    Record,
+    chosen,
+    gather,
+    of_attack,
+    of_others,
+    values,
+)
 from benchmarks.paper_drawings import draw
 from benchmarks.paper_names import (
     ABLATIONS,
@@ -148,9 +157,7 @@ def _base(cells: Cells, world: str, attack: str) -> list[str]:
 
 def _mark(cells: Cells, world: str, attack: str, *keys: str) -> str:
     """Mark figures of other models than those that most figures are of."""
-    first = {seed: suspects[0] for seed, suspects in of_attack(cells, world, attack).items()}
-    used = chosen(cells, world, attack, *keys)
-    return OTHER if any(model is not first[seed] for seed, model in used.items()) else ""
+    return OTHER if of_others(cells, world, attack, *keys) else ""
 
 
 def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> str:
