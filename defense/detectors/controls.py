@@ -234,7 +234,7 @@ def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, flo
     reached = int((null >= least).sum())
     counted = betabinom(clean, reached + 0.5, len(null) - reached + 0.5)
     ends = (0.025, 0.975)
-    drawn = np.quantile(generator.poisson(clean * np.array(fitted)), ends)
-    low, high = np.minimum(*(pair := (drawn, counted.ppf(ends))))[0], np.maximum(*pair)[1]
-    mean = clean * exceedance(null, np.array([least]))[0]
-    return float(mean), min(float(low), float(mean)), max(float(high), float(mean))
+    resampled = np.quantile(generator.poisson(clean * np.array(fitted)), ends)
+    lows, highs = zip(resampled, counted.ppf(ends), strict=True)
+    mean = float(clean * exceedance(null, np.array([least]))[0])
+    return mean, float(min(*lows, mean)), float(max(*highs, mean))
