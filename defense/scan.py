@@ -20,7 +20,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 
 from defense.compute import progress
 from defense.contracts import Architecture
-from defense.detectors.coherence import Block, Reals
+from defense.detectors.coherence import Block, Reals, medians
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
 from defense.detectors.subpopulation import Subpopulation, subpopulation
@@ -245,7 +245,8 @@ class Scanner:
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""
         settled, null = block.finding.block, self.search.bench(block.label).null
-        chances = exceedance(null.null(settled), np.median(starts[:, settled.seeds], axis=1))
+        own = medians(np.take(starts, settled.seeds, axis=1).T)
+        chances = exceedance(null.null(settled), own)
         adjusted: NDArray[np.float64] = false_discovery_control(chances)
         return adjusted
 

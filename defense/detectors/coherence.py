@@ -94,16 +94,16 @@ class Rows:
             following = np.sort(np.argpartition(-scores, count - 1)[:count])
             if np.array_equal(top, following):
                 break
-            top, scores = following, _median(self.between(following))
+            top, scores = following, medians(self.between(following))
         return Block(start, scores, top)
 
     def regrow(self, block: Block, flagged: Mask) -> Block:
         """Score rows by their cosines with the flagged ones, bool ``[n]``, instead of the seeds."""
         places = np.flatnonzero(flagged)
-        return Block(block.start, _median(self.between(places)), places)
+        return Block(block.start, medians(self.between(places)), places)
 
 
-def _median(values: Reals) -> Reals:
+def medians(values: Reals) -> Reals:
     """Median of every column of ``[m, n]`` that leaves NaN out."""
     ordered = np.sort(values, axis=0)  # NaN comes last
     count = len(values) - np.isnan(values).sum(0)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import betabinom, false_discovery_control
 
-from defense.detectors.coherence import Block, Reals, Rows, halves
+from defense.detectors.coherence import Block, Reals, Rows, halves, medians
 from defense.records import Mask, mask_of
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
@@ -111,7 +111,7 @@ class Controls:
     def __init__(self, starts: Reals, rate: float) -> None:
         """Take the cosines of clean inputs with rows ``[k, n]``, and a false-discovery rate."""
         self.starts, self.rate = starts, rate
-        self.centre = np.median(starts, axis=0)
+        self.centre = medians(starts)
         spread = CONSISTENT * np.median(np.abs(starts - self.centre))
         self.spread = max(float(spread), float(np.finfo(np.float32).eps))
 
@@ -154,7 +154,7 @@ class Controls:
 
     def null(self, block: Block, without: int | None = None) -> Reals:
         """Median cosine of clean inputs with the seeds of a block, one of them left out."""
-        cosines: Reals = np.median(self.starts[:, block.seeds], axis=1)
+        cosines = medians(np.take(self.starts, block.seeds, axis=1).T)
         return cosines if without is None else np.delete(cosines, without)
 
     def discoveries(self, block: Block, without: int | None = None) -> Mask:
