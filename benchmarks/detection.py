@@ -38,6 +38,7 @@ from defense.scan import Scanner, ScanSettings, independent_of
 ROOT = Path(__file__).parents[1]
 COMMAND = "CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack <attack> --seeds <seeds>"
 FIRST = 2  # seed that no setting was chosen on
+VERSION = 2  # of the detector; 2 has the three rules that were added last
 INNOCENT = 60  # inputs that are investigated
 RATES = (0.02, 0.05, 0.1)  # false-discovery rates
 
@@ -56,6 +57,7 @@ def measure(suspect: Suspect, *, repair: bool = False, alone: bool = False) -> d
     facts: dict[str, Any] = {
         "hardware": hardware()["processor"],
         **runs_on(),
+        "version": VERSION,
         "attack": suspect.name,
         "seed": suspect.seed,
         "accuracy": float((predicted == test.labels).mean()),

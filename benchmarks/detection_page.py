@@ -24,6 +24,7 @@ TITLES = {
     "imagenette_blended_1": "Imagenette, Blended 1 %",
 }
 NONE = "–"
+OLDER = " †"  # measured with an earlier version only
 
 
 def spread(values: Iterable[float | None], scale: float = 100.0) -> str:
@@ -35,10 +36,17 @@ def spread(values: Iterable[float | None], scale: float = 100.0) -> str:
     return f"{statistics.fmean(known):.1f}{more} ({len(known)})"
 
 
+def version(model: dict[str, Any]) -> int:
+    """Tell with which version of the detector a model was measured; the first wrote none down."""
+    known: int = model.get("version", 1)
+    return known
+
+
 def of(models: Models, attack: str) -> list[dict[str, Any]]:
-    """Pick the models of an attack, by seed."""
+    """Pick the models of an attack that were measured with the latest version, by seed."""
     found = [model for model in models.values() if model["attack"] == attack]
-    return sorted(found, key=lambda model: model["seed"])
+    newest = max(map(version, found), default=0)
+    return sorted((m for m in found if version(m) == newest), key=lambda model: model["seed"])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -49,9 +57,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> list[list[str]]:
     """Write a row for every attack that was measured, unless it has no cells."""
-    measured = ((title, of(models, attack)) for attack, title in TITLES.items())
-    rows = ((title, row(found)) for title, found in measured if found)
-    return [[title, *cells] for title, cells in rows if cells]
+    newest = max(map(version, models.values()))
+    rows = []
+    for attack, title in TITLES.items():
+        found = of(models, attack)
+        cells = row(found) if found else []
+        if cells:
+            rows.append([title + (OLDER if version(found[0]) < newest else ""), *cells])
+    return rows
 
 
 def runs_of(found: list[dict[str, Any]], rate: str) -> list[list[dict[str, Any]]]:

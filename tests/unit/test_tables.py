@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import paper_cells, tables
+from benchmarks import detection_page, paper_cells, tables
 
 
 def quality(tpr: float) -> dict:
@@ -199,3 +199,16 @@ def test_the_page_is_filled_between_its_markers(tmp_path: Path) -> None:
     page.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
     tables.fill(page, "new")
     assert page.read_text() == "before\n<!-- tables -->\n\nnew\n<!-- end of tables -->\nafter\n"
+
+
+def test_models_of_an_earlier_detector_are_left_out_or_marked() -> None:
+    """Of an attack only models of the latest version count; attacks that have none are marked."""
+    old = {"attack": "badnets_1", "seed": 3}
+    models = {
+        "badnets_1-3": old,
+        "badnets_1-2": old | {"seed": 2, "version": 2},
+        "sig_1-3": old | {"attack": "sig_1"},
+    }
+    assert [model["seed"] for model in detection_page.of(models, "badnets_1")] == [2]
+    rows = detection_page.each(models, lambda found: [str(len(found))])
+    assert rows == [["BadNet 1 %", "1"], ["SIG 1 % †", "1"]]
