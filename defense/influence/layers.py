@@ -7,7 +7,7 @@ layer's inputs and `s` the gradients of its outputs (Grosse & Martens 2016, sect
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,40 +27,72 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
 
     Args:
         model: The model.
-        exclude: Names of modules to leave out, with all they contain.
+        exclude: Names of modules to leave out, with all they contain, and of parameters that no
+            factors are known for.
 
     Raises:
-        UnsupportedLayerError: There is none, a name in `exclude` is no module's, or a module
+        UnsupportedLayerError: There is none, a name in `exclude` is none of these, or a module
             holds parameters that are neither those of a plain linear layer, a plain convolution
             or a normalisation, nor excluded.
     """
-    unknown = sorted(set(exclude) - {name for name, _ in model.named_modules()})
-    if unknown:
-        raise UnsupportedLayerError(f"factors.exclude names no module: {', '.join(unknown)}")
-    layers: dict[str, Layer] = {}
+    layers, bare, known = dict[str, Layer](), dict[str, str](), set[str]()
     for name, module in model.named_modules():
+        known.add(name)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UnsupportedLayerError(
                 f"{name} ({type(module).__name__}) keeps no running statistics, so a sample's "
                 "gradient depends on its batch; train it with track_running_stats=True"
             )
-        if any(name == left or name.startswith(f"{left}.") for left in exclude):
+        unsupported = _without_factors(name, module)
+        known |= unsupported
+        if _within(name, exclude) or _within(name, bare):
             continue
         if isinstance(module, Layer):
             _require_plain(name, module)
             layers[name] = module
-        elif list(module.parameters(recurse=False)) and not isinstance(module, NORMALISATIONS):
-            raise UnsupportedLayerError(
-                f"the parameters of {name or 'the model'} ({type(module).__name__}) have no "
-                "EK-FAC factors: only Linear and Conv2d do; "
-                f"add '{name}' to factors.exclude to leave them out"
-            )
+        bare |= dict.fromkeys(sorted(unsupported - {*exclude}), type(module).__name__)
+    unknown = sorted(set(exclude) - known)
+    if unknown:
+        raise UnsupportedLayerError(
+            f"factors.exclude names no module, nor a parameter without factors: "
+            f"{', '.join(unknown)}"
+        )
+    _require_all(bare)
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise UnsupportedLayerError(
             f"expected a model with at least one Linear or Conv2d layer, got {', '.join(kinds)}"
         )
     return layers
+
+
+def _within(name: str, modules: Collection[str]) -> bool:
+    """Tell whether a module is one of some, or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _without_factors(name: str, module: nn.Module) -> set[str]:
+    """Name a module's own parameters that have no factors.
+
+    The module itself is named if no layer lies in it, or if it is an attention, which uses the
+    parameters of its parts without calling them.
+    """
+    own = {parameter for parameter, _ in module.named_parameters(name, recurse=False)}
+    if not own or isinstance(module, (Layer, *NORMALISATIONS)):
+        return set()
+    called = any(isinstance(part, Layer) for part in module.modules())
+    whole = name and (not called or isinstance(module, nn.MultiheadAttention))
+    return {name} if whole else own
+
+
+def _require_all(bare: dict[str, str]) -> None:
+    """Refuse parameters without factors; `bare` has the type of the module of each."""
+    if bare:
+        told = ", ".join(f"{name} ({kind})" for name, kind in bare.items())
+        raise UnsupportedLayerError(
+            f"no EK-FAC factors are known for {told}: only for Linear and Conv2d; to trace "
+            f"influence through the other layers alone, set factors.exclude: [{', '.join(bare)}]"
+        )
 
 
 def _require_plain(name: str, layer: Layer) -> None:

@@ -142,5 +142,7 @@ def test_outputs_that_depend_on_the_batch_or_on_chance_are_refused(change, image
 
 
 def test_a_name_that_is_no_modules_is_refused(images: ImageSet) -> None:
-    with pytest.raises(UnsupportedLayerError, match="exclude names no module: hh"):
+    with pytest.raises(
+        UnsupportedLayerError, match="exclude names no module, nor a parameter without factors: hh"
+    ):
         fit_factors(Auxiliary().eval(), images, FactorSettings(exclude=("hh",)), torch.Generator())

@@ -1,14 +1,18 @@
 """Per-sample gradients against a loop of autograd, for every kind of layer."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.vision_transformer import VisionTransformer
 
 from defense.errors import UnsupportedLayerError
+from defense.influence.faithful import require_faithful
 from defense.influence.layers import coverage, find_layers, flat_gradient
 from defense.influence.network import Network
 from defense.influence.task import CLASSIFICATION, cotangents
+from defense.records import image_set
 from tests.parity.layout import per_sample_gradient
 
 LAYERS = {
@@ -116,9 +120,45 @@ def test_refuses_a_model_without_layers() -> None:
 
 def test_refuses_other_parameters_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
-    with pytest.raises(UnsupportedLayerError, match=r"parameters of 1 \(LSTM\).*factors.exclude"):
+    with pytest.raises(UnsupportedLayerError, match=r"known for 1 \(LSTM\).*exclude: \[1\]"):
         find_layers(model)
     assert list(find_layers(model, ("1",))) == ["0"]
+
+
+def test_tells_all_that_a_vision_transformer_leaves_out() -> None:
+    """What the message says to exclude is enough, and leaves every layer that is called."""
+    torch.manual_seed(0)
+    model = VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=3).eval()
+    with pytest.raises(UnsupportedLayerError) as refused:
+        find_layers(model)
+    names = str(refused.value).split("exclude: [")[1].rstrip("]").split(", ")
+    attention = [f"encoder.layers.encoder_layer_{n}.self_attention" for n in range(2)]
+    assert sorted(names) == sorted(["class_token", "encoder.pos_embedding", *attention])
+    layers = find_layers(model, names)
+    mlp = [f"encoder.layers.encoder_layer_{n}.mlp.{part}" for n in range(2) for part in (0, 3)]
+    assert sorted(layers) == sorted(["conv_proj", "heads.head", *mlp])
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
+    names_of = np.arange(6).astype(np.str_)
+    images = image_set(pixels, np.arange(6) % 3, names_of, ("a", "b", "c"))
+    require_faithful(Network(model, names), images)
+
+
+def test_a_convolution_beside_a_parameter_of_its_module_is_kept() -> None:
+    """As in ConvNeXt, whose blocks scale what their layers say."""
+    model = Scaled()
+    assert list(find_layers(model, ("gain",))) == ["0"]
+    with pytest.raises(UnsupportedLayerError, match=r"known for gain \(Scaled\)"):
+        find_layers(model)
+    with pytest.raises(UnsupportedLayerError, match=r"nor a parameter without factors: 0\.weight"):
+        find_layers(model, ("gain", "0.weight"))
+
+
+class Scaled(nn.Sequential):
+    """A layer and a factor."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 2, 1))
+        self.gain = nn.Parameter(torch.ones(2, 1, 1))
 
 
 def test_normalisations_are_left_out_and_counted() -> None:
