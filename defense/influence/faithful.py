@@ -1,5 +1,7 @@
 """Whether the gradients of a model's layers are what training sees."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,23 +49,35 @@ def require_faithful(network: Network, images: ImageSet) -> None:
             "eval mode (batch statistics, dropout that is not told about it), so that a sample "
             "has no gradient of its own"
         )
-    for name, layer in layers.items():
-        bias = None if layer.bias is None else found[id(layer.bias)]
-        actual = flat_gradient(layer, found[id(layer.weight)], bias)
-        _compare(name, layer, actual, traces.get(name))
+    _require_all(
+        name
+        for name, layer in layers.items()
+        if not _agrees(
+            layer,
+            found[id(layer.weight)],
+            None if layer.bias is None else found[id(layer.bias)],
+            traces.get(name),
+        )
+    )
 
 
-def _compare(name: str, layer: Layer, actual: Tensor, trace: Trace | None) -> None:
+def _agrees(layer: Layer, weight: Tensor, bias: Tensor | None, trace: Trace | None) -> bool:
+    """Compare the gradients of a layer's parameters with what its trace says they are."""
+    actual = flat_gradient(layer, weight, bias)
     expected = torch.zeros_like(actual)
     if trace is not None:
         a = activations(trace, actual.dtype, Workspace())
         expected = (output_gradients(trace, actual.dtype).transpose(2, 3) @ a).sum(0)
-    if _differ(actual, expected):
+    return not _differ(actual, expected)
+
+
+def _require_all(refused: Iterable[str]) -> None:
+    if names := ", ".join(name or "the model" for name in refused):
         raise UnsupportedLayerError(
-            f"the gradient of {name or 'the model'} ({type(layer).__name__}) is not the product of "
-            "its inputs and output gradients: its parameters are used elsewhere, too, or a hook "
-            "or an overridden method changes what goes in or comes out; give it parameters of its "
-            f"own, or add '{name}' to factors.exclude to leave it out"
+            "expected gradients that are the products of a layer's inputs and output gradients; "
+            f"they are not those of {names}: parameters are used elsewhere, too, or a hook or an "
+            "overridden method changes what goes in or comes out; give the layers parameters of "
+            "their own, or leave them out: add these names to factors.exclude"
         )
 
 

@@ -91,7 +91,7 @@ def _require_all(bare: dict[str, str]) -> None:
         told = ", ".join(f"{name} ({kind})" for name, kind in bare.items())
         raise UnsupportedLayerError(
             f"no EK-FAC factors are known for {told}: only for Linear and Conv2d; to trace "
-            f"influence through the other layers alone, set factors.exclude: [{', '.join(bare)}]"
+            f"influence through the other layers alone, add to factors.exclude: {', '.join(bare)}"
         )
 
 

@@ -96,6 +96,14 @@ def test_refuses_what_is_not_the_gradient_of_the_parameters(kind: str, images: I
         fit_factors(REFUSED[kind]().eval(), images, FactorSettings(), torch.Generator())
 
 
+def test_all_layers_that_are_not_are_named_at_once(images: ImageSet) -> None:
+    model = nn.Sequential(Tied(bias=False), nn.Linear(768, 4)).eval()
+    with pytest.raises(UnsupportedLayerError, match=r"not those of 0\.first, 0\.second: "):
+        fit_factors(model, images, FactorSettings(), torch.Generator())
+    settings = FactorSettings(exclude=("0.first", "0.second"))
+    assert fit_factors(model, images, settings, torch.Generator()).coverage.share < 0.01
+
+
 @pytest.mark.parametrize("kind", [*LAYERS, "unused", "hooks"])
 def test_accepts_every_kind_of_layer(kind: str) -> None:
     torch.manual_seed(0)

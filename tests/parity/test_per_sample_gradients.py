@@ -120,7 +120,7 @@ def test_refuses_a_model_without_layers() -> None:
 
 def test_refuses_other_parameters_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
-    with pytest.raises(UnsupportedLayerError, match=r"known for 1 \(LSTM\).*exclude: \[1\]"):
+    with pytest.raises(UnsupportedLayerError, match=r"known for 1 \(LSTM\).*exclude: 1"):
         find_layers(model)
     assert list(find_layers(model, ("1",))) == ["0"]
 
@@ -131,7 +131,7 @@ def test_tells_all_that_a_vision_transformer_leaves_out() -> None:
     model = VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=3).eval()
     with pytest.raises(UnsupportedLayerError) as refused:
         find_layers(model)
-    names = str(refused.value).split("exclude: [")[1].rstrip("]").split(", ")
+    names = str(refused.value).split("exclude: ")[1].split(", ")
     attention = [f"encoder.layers.encoder_layer_{n}.self_attention" for n in range(2)]
     assert sorted(names) == sorted(["class_token", "encoder.pos_embedding", *attention])
     layers = find_layers(model, names)
