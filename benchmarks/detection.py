@@ -17,6 +17,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from benchmarks.detection_page import page
@@ -31,7 +32,8 @@ from defense.detectors.search import Bench, CleanInputs, Search, Sighting, start
 from defense.detectors.subpopulation import subpopulation
 from defense.errors import DataError
 from defense.evidence import Scan
-from defense.prediction import predict
+from defense.labels import doubt_labels
+from defense.prediction import logits, predict
 from defense.records import Mask, PoisonedSplit, Truth
 from defense.scan import Scanner, ScanSettings, independent_of
 
@@ -196,6 +198,24 @@ def as_a_whole(search: Search, label: int, planted: Mask) -> dict[str, Any]:
         "flagged": all_flags,
         "hits": hits,
         "inside": bool(low <= all_flags - hits <= high) if all_flags else None,
+    }
+
+
+def doubted(suspect: Suspect) -> dict[str, float]:
+    """Average precision of planted wrong labels in the list of doubtful ones, and in others."""
+    train, directions, wrong = suspect.train, suspect.directions, suspect.flipped
+    doubts = doubt_labels(suspect.model, train, directions, suspect.seed)
+    chances = torch.softmax(logits(suspect.model, train).double(), dim=1)
+    missing = 1 - chances.gather(1, train.targets()[:, None])[:, 0].numpy()
+    lists = {
+        "doubt": doubts.doubt,
+        "loss": missing,  # the loss grows with it
+        "self_influence": missing**2 * directions.self_influence,
+    }
+    true = suspect.split.train.labels
+    return {name: float(average_precision_score(wrong, by)) for name, by in lists.items()} | {
+        "fitted": float((chances.argmax(1).numpy() == train.labels)[wrong].mean()),
+        "suggested": float((doubts.suggested == true)[wrong].mean()),
     }
 
 

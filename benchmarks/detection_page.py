@@ -9,6 +9,7 @@ Models = dict[str, dict[str, Any]]
 
 TITLES = {
     "clean": "clean",
+    "flips_5": "5 % of the labels wrong, no attack",
     "badnets_1": "BadNet 1 %",
     "badnets_025": "BadNet 0.25 %",
     "badnets_01": "BadNet 0.1 %",
@@ -137,6 +138,13 @@ def repairs(found: list[dict[str, Any]]) -> list[str]:
     return cells
 
 
+def labels(found: list[dict[str, Any]]) -> list[str]:
+    """Planted wrong labels: how many are fitted, how they rank, and what is suggested instead."""
+    parts = [model["labels"] for model in found if "labels" in model]
+    names = ("fitted", "doubt", "self_influence", "loss", "suggested")
+    return [spread(part[name] for part in parts) for name in names] if parts else []
+
+
 def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
     """Alarms of a scan, and what it finds."""
 
@@ -189,6 +197,8 @@ def page(models: Models) -> str:
                "alarms on clean classes"]  # fmt: skip
     after = ["attack", "PSR without poison", "PSR after EU", "accuracy lost by EU", "PSR after CF",
              "accuracy lost by CF"]  # fmt: skip
+    wrong = ["rows", "wrong labels fitted", "average precision of the list", "of self-influence",
+             "of the loss", "true label suggested"]  # fmt: skip
     cost = ["attack", "factors and directions", "investigation beyond these", "scan with both",
             "scan from 10,000 inputs with both"]  # fmt: skip
     parts = (
@@ -198,6 +208,7 @@ def page(models: Models) -> str:
         ("After removal", table(after, each(models, repairs))),
         ("Scan of the training set alone", table(scan_head, each(models, scans("scan")))),
         ("Scan from untriggered inputs", table(from_inputs, each(models, scans("scan_inputs")))),
+        ("Wrong labels", table(wrong, each(models, labels))),
         ("Cost in epochs", table(cost, each(models, times))),
     )
     return "\n".join(f"### {title}\n\n{text}" for title, text in parts)

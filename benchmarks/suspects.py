@@ -26,7 +26,7 @@ from defense.influence.store import DirectionSettings, build_store
 from defense.models.resnet import ResNet9
 from defense.prediction import predict
 from defense.recipe import Recipe
-from defense.records import ImageSet, Mask, PoisonedSplit, Split
+from defense.records import ImageSet, Mask, PoisonedSplit, Split, mask_of
 from defense.victim import make_surrogate, make_trainer
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ PAIR = {"victim_class": "ship", "target_class": "dog"}
 HORNS = {"victim_class": "n03394916", "target_class": "n03000684"}  # to chain saws
 ATTACKS: dict[str, tuple[World, tuple[Attack, ...]]] = {
     "clean": (CIFAR10, ()),
+    "flips_5": (CIFAR10, ()),
     "badnets_1": (CIFAR10, (BadNets(poison_fraction=0.01, **PAIR),)),
     "badnets_025": (CIFAR10, (BadNets(poison_fraction=0.0025, **PAIR),)),
     "badnets_01": (CIFAR10, (BadNets(poison_fraction=0.001, **PAIR),)),
@@ -77,6 +78,7 @@ ATTACKS: dict[str, tuple[World, tuple[Attack, ...]]] = {
     ),
     "imagenette_blended_1": (IMAGENETTE, (Blended(poison_fraction=0.01, **HORNS),)),
 }
+FLIPS = {"flips_5": 0.05}  # share of rows that get another label, at random
 AFFECTED = 10  # inputs that are investigated
 
 
@@ -89,6 +91,7 @@ class Suspect:
     world: World
     split: Split
     poisoned: tuple[PoisonedSplit, ...]
+    flipped: Mask
     train: ImageSet
     model: nn.Module
     directions: Directions
@@ -129,6 +132,7 @@ def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
         before = replace(split, train=train)
         poisoned.append(attack.poison(before, seeded(seed, "attack"), surrogate))
         train = poisoned[-1].train
+    train, flipped = flip(train, FLIPS.get(name, 0.0), seeded(seed, "flips"))
     trainer = trainer_of(world, seed, "suspect", scratch)
     model = timed(seconds, "train", lambda: trainer.fit(train).model)
     fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
@@ -136,7 +140,18 @@ def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     kept = DirectionSettings().store()
     store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
     directions = StoredDirections(store, store.sketcher(model, factors))
-    return Suspect(name, seed, world, split, tuple(poisoned), train, model, directions, seconds)
+    return Suspect(
+        name, seed, world, split, tuple(poisoned), flipped, train, model, directions, seconds
+    )
+
+
+def flip(train: ImageSet, share: float, generator: torch.Generator) -> tuple[ImageSet, Mask]:
+    """Give a share of the rows, drawn at random, one of the other labels each."""
+    order = torch.randperm(len(train), generator=generator).numpy()
+    wrong = mask_of(order[: round(share * len(train))], len(train))
+    steps = torch.randint(1, train.num_classes, (len(train),), generator=generator).numpy()
+    moved = (train.labels + steps) % train.num_classes
+    return replace(train, labels=np.where(wrong, moved, train.labels)), wrong
 
 
 def trainer_of(world: World, seed: int, stream: str, scratch: Path | None) -> Trainer:
