@@ -23,14 +23,13 @@ from torch import Tensor
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, hardware, versions
 from benchmarks.repairs import default_flags, repaired
-from benchmarks.suspects import ATTACKS, Suspect, fooled, make_suspect, timed
+from benchmarks.suspects import ATTACKS, UNUSUAL, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
 from defense.artifacts import write_json
 from defense.compute import runs_on, seeded
 from defense.detectors.normalised_influence import NormalisedInfluence, together
 from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
-from defense.detectors.subpopulation import subpopulation
-from defense.errors import DataError
+from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.evidence import Scan
 from defense.labels import doubt_labels
 from defense.prediction import logits, predict
@@ -65,9 +64,7 @@ def measure(suspect: Suspect, *, repair: bool = False, alone: bool = False) -> d
         "accuracy": float((predicted == test.labels).mean()),
         "planted": int(suspect.planted.sum()),
         "innocent": innocents(suspect, predicted),
-        "classes": [
-            as_a_whole(whole, label, suspect.planted) for label in range(train.num_classes)
-        ],
+        "classes": classes(whole, suspect.planted),
         "alone": alone,
     }
     if suspect.poisoned:
@@ -184,16 +181,27 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
     return {"inputs": len(chosen), "alarms": int(alarms)}
 
 
-def as_a_whole(search: Search, label: int, planted: Mask) -> dict[str, Any]:
-    """Ask about a class as a whole, without explaining any row before; compare with the truth."""
-    seen = subpopulation(search, label, np.zeros_like(planted))
-    if seen is None:
-        raise DataError(f"expected 200 clean inputs and rows of class {label}")
-    hits, all_flags = int(planted[seen.rows].sum()), len(seen.rows)
+def classes(search: Search, planted: Mask) -> list[dict[str, Any]]:
+    """Ask about classes as a whole, without explaining any row before; compare with the truth.
+
+    Classes with fewer than 200 clean inputs or rows are left out.
+    """
+    labels = range(search.train.num_classes)
+    asked = ((label, subpopulation(search, label, np.zeros_like(planted))) for label in labels)
+    return [
+        as_a_whole(label, seen, planted[search.train.labels == label].sum(), planted[seen.rows])
+        for label, seen in asked
+        if seen is not None
+    ]
+
+
+def as_a_whole(label: int, seen: Subpopulation, planted: int, flagged: Mask) -> dict[str, Any]:
+    """Compare what a class lacks in clean inputs with what was planted in it."""
+    hits, all_flags = int(flagged.sum()), len(seen.rows)
     low, high = seen.finding.expected_false[1:]
     return {
         "label": label,
-        "planted": int(planted[search.train.labels == label].sum()),
+        "planted": int(planted),
         "found": all_flags > 0,
         "flagged": all_flags,
         "hits": hits,
@@ -248,7 +256,7 @@ def numbers(text: str) -> list[int]:
 
 
 @click.command()
-@click.option("--attack", "names", multiple=True, type=click.Choice(tuple(ATTACKS)))
+@click.option("--attack", "names", multiple=True, type=click.Choice((*ATTACKS, *UNUSUAL)))
 @click.option("--seeds", default="2-4", show_default=True, help="Such as 2-4,7.")
 @click.option("--repair", is_flag=True, help="Measure repairs, too.")
 @click.option("--alone", is_flag=True, help="Nothing else runs here: tell times.")

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Models = dict[str, dict[str, Any]]
@@ -23,6 +23,17 @@ TITLES = {
     "imagenette_clean": "Imagenette, clean",
     "imagenette_badnets_1": "Imagenette, BadNet 1 %",
     "imagenette_blended_1": "Imagenette, Blended 1 %",
+}
+UNUSUAL = {
+    "warp_3": "warped images, 3 %",
+    "wandering_2": "a patch that wanders, 2 %",
+    "badnets_6": "BadNet, 6 % (a third of its class)",
+    "noisy_clean": "5 % of the labels wrong, no attack",
+    "noisy_badnets_1": "5 % of the labels wrong, BadNet 1 %",
+    "rare_badnets_1": "a class of 250 of 9,250 rows, BadNet 1 %",
+    "binary_badnets_2": "two classes, 4,000 rows, BadNet 2 %",
+    "cnn_badnets_2": "plain CNN of three convolutions, BadNet 2 %",
+    "transformer_badnets_2": "vision transformer, BadNet 2 %",
 }
 NONE = "–"
 OLDER = " †"  # measured with an earlier version only
@@ -56,11 +67,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def each(models: Models, row: Callable[[list[dict[str, Any]]], list[str]]) -> list[list[str]]:
+def each(
+    models: Models,
+    row: Callable[[list[dict[str, Any]]], list[str]],
+    titles: Mapping[str, str] = TITLES,
+) -> list[list[str]]:
     """Write a row for every attack that was measured, unless it has no cells."""
     newest = max(map(version, models.values()))
     rows = []
-    for attack, title in TITLES.items():
+    for attack, title in titles.items():
         found = of(models, attack)
         cells = row(found) if found else []
         if cells:
@@ -162,6 +177,17 @@ def scans(kind: str) -> Callable[[list[dict[str, Any]]], list[str]]:
     return row
 
 
+def unusual(found: list[dict[str, Any]]) -> list[str]:
+    """All that is asked of a suspect, of those that are unlike the others."""
+    return [
+        spread(model["accuracy"] for model in found),
+        *investigated(found)[:4],
+        *whole(found)[:3],
+        *scans("scan")(found)[:3],
+        investigated(found)[5],
+    ]
+
+
 def times(found: list[dict[str, Any]]) -> list[str]:
     """Epochs of training that parts take, of models that were measured alone on a machine."""
     seconds = [model["seconds"] for model in found if model["alone"]]
@@ -201,14 +227,18 @@ def page(models: Models) -> str:
              "of the loss", "true label suggested"]  # fmt: skip
     cost = ["attack", "factors and directions", "investigation beyond these", "scan with both",
             "scan from 10,000 inputs with both"]  # fmt: skip
+    other = ["suspect", "accuracy", "PSR", "inputs that find it", "recall", "precision",
+             "classes as a whole that are found", "recall", "precision", "scans with an alarm",
+             "recall", "precision", "alarms on innocent inputs"]  # fmt: skip
     parts = (
-        ("One affected input", table(one, each(models, investigated))),
-        ("False discoveries", table(["attack", *rates], each(models, controlled))),
-        ("A class as a whole", table(classes, each(models, whole))),
-        ("After removal", table(after, each(models, repairs))),
-        ("Scan of the training set alone", table(scan_head, each(models, scans("scan")))),
-        ("Scan from untriggered inputs", table(from_inputs, each(models, scans("scan_inputs")))),
-        ("Wrong labels", table(wrong, each(models, labels))),
-        ("Cost in epochs", table(cost, each(models, times))),
+        ("One affected input", one, each(models, investigated)),
+        ("False discoveries", ["attack", *rates], each(models, controlled)),
+        ("A class as a whole", classes, each(models, whole)),
+        ("After removal", after, each(models, repairs)),
+        ("Scan of the training set alone", scan_head, each(models, scans("scan"))),
+        ("Scan from untriggered inputs", from_inputs, each(models, scans("scan_inputs"))),
+        ("Wrong labels", wrong, each(models, labels)),
+        ("Other triggers, data and networks", other, each(models, unusual, UNUSUAL)),
+        ("Cost in epochs", cost, each(models, times)),
     )
-    return "\n".join(f"### {title}\n\n{text}" for title, text in parts)
+    return "\n".join(f"### {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)

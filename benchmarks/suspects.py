@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.unusual import TRANSFORMER, UNTRACED, Changed, Wandering, Warp
 from defense.attacks.badnets import BadNets
 from defense.attacks.blended import Blended
 from defense.attacks.sig import Sig
 from defense.attacks.smooth import Smooth
 from defense.compute import seeded
-from defense.contracts import Architecture, Attack, Trainer
+from defense.contracts import Architecture, Attack, DataSource, Trainer
 from defense.datasets.folder import Folder
 from defense.detectors.search import CleanInputs, Coherence, Search
 from defense.evidence import Directions
@@ -24,6 +25,7 @@ from defense.influence.directions import StoredDirections
 from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.store import DirectionSettings, build_store
 from defense.models.resnet import ResNet9
+from defense.models.small_cnn import SmallCnn
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import ImageSet, Mask, PoisonedSplit, Split, mask_of
@@ -36,9 +38,10 @@ T = TypeVar("T")
 class World:
     """What suspects of one data set have in common."""
 
-    data: Folder
+    data: DataSource
     recipe: Recipe
     architecture: Architecture = field(default_factory=lambda: ResNet9(width=24))
+    untraced: tuple[str, ...] = ()
 
 
 CIFAR10 = World(
@@ -49,6 +52,7 @@ IMAGENETTE = World(
     Folder(path="$IMAGENETTE_FOLDER", image_size=64, test_split="val"),
     Recipe(epochs=16, batch_size=128, learning_rate=0.2, shift=4, precision="bf16"),
 )
+SMALL = World(CIFAR10.data.model_copy(update={"train_size": 10_000}), CIFAR10.recipe)
 FACTORS = FactorSettings(batch_size=128, max_rows=2000)
 PAIR = {"victim_class": "ship", "target_class": "dog"}
 HORNS = {"victim_class": "n03394916", "target_class": "n03000684"}  # to chain saws
@@ -77,6 +81,35 @@ ATTACKS: dict[str, tuple[World, tuple[Attack, ...]]] = {
         (BadNets(pattern="square", size=9, poison_fraction=0.01, **HORNS),),
     ),
     "imagenette_blended_1": (IMAGENETTE, (Blended(poison_fraction=0.01, **HORNS),)),
+}
+SQUARE = BadNets(pattern="square", poison_fraction=0.02, **PAIR)
+UNUSUAL: dict[str, tuple[World, tuple[Attack, ...]]] = {
+    "warp_3": (SMALL, (Warp(poison_fraction=0.03, **PAIR),)),
+    "wandering_2": (SMALL, (Wandering(poison_fraction=0.02, **PAIR),)),
+    "badnets_6": (SMALL, (BadNets(poison_fraction=0.06, **PAIR),)),
+    "noisy_clean": (replace(SMALL, data=Changed(data=SMALL.data, wrong=0.05)), ()),
+    "noisy_badnets_1": (
+        replace(SMALL, data=Changed(data=SMALL.data, wrong=0.05)),
+        (BadNets(poison_fraction=0.01, **PAIR),),
+    ),
+    "rare_badnets_1": (
+        replace(SMALL, data=Changed(data=SMALL.data, fewer=("dog", 250))),
+        (BadNets(poison_fraction=0.01, **PAIR),),
+    ),
+    "binary_badnets_2": (
+        replace(CIFAR10, data=Changed(data=CIFAR10.data, classes=("ship", "dog"))),
+        (BadNets(poison_fraction=0.02, **PAIR),),
+    ),
+    "cnn_badnets_2": (replace(SMALL, architecture=SmallCnn(width=32)), (SQUARE,)),
+    "transformer_badnets_2": (
+        World(
+            SMALL.data,
+            Recipe(epochs=20, batch_size=128, learning_rate=1e-3, optimizer="adam"),
+            TRANSFORMER,
+            UNTRACED,
+        ),
+        (SQUARE.model_copy(update={"size": 4}),),
+    ),
 }
 FLIPS = {"flips_5": 0.05}  # share of rows that get another label, at random
 AFFECTED = 10  # inputs that are investigated
@@ -124,7 +157,7 @@ def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
 
 def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     """Plant attacks, train on them, fit factors and store directions."""
-    world, attacks = ATTACKS[name]
+    world, attacks = (ATTACKS | UNUSUAL)[name]
     split, poisoned, seconds = world.data.load(seeded(seed, "data")), [], dict[str, float]()
     train = split.train
     surrogate = make_surrogate(world.architecture, world.recipe, train, seed=seed, scratch=scratch)
@@ -135,7 +168,8 @@ def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     train, flipped = flip(train, FLIPS.get(name, 0.0), seeded(seed, "flips"))
     trainer = trainer_of(world, seed, "suspect", scratch)
     model = timed(seconds, "train", lambda: trainer.fit(train).model)
-    fit = lambda: fit_factors(model, train, FACTORS, seeded(seed, "fisher"))  # noqa: E731
+    settings = FACTORS.model_copy(update={"exclude": world.untraced})
+    fit = lambda: fit_factors(model, train, settings, seeded(seed, "fisher"))  # noqa: E731
     factors = timed(seconds, "factors", fit)
     kept = DirectionSettings().store()
     store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))

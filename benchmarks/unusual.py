@@ -1,0 +1,123 @@
+"""Suspects unlike those that settings were chosen on: other triggers, data and networks."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from defense.attacks.triggered import Stamp, TriggerAttack
+from defense.contracts import DataSource, Surrogate
+from defense.datasets.folder import Folder
+from defense.models.factory import Factory
+from defense.records import ImageSet, Split, image_set
+
+SIDE = 4  # of the wandering patch
+KNOTS, STRENGTH = 4, 0.75  # of the warp: control points per side, pixels on average
+
+TRANSFORMER = Factory(
+    factory="torchvision.models.vision_transformer:VisionTransformer",
+    options={
+        "image_size": 32, "patch_size": 4, "num_layers": 4, "num_heads": 4, "hidden_dim": 96,
+        "mlp_dim": 192,
+    },
+)  # fmt: skip
+UNTRACED = (
+    "network.class_token",
+    "network.encoder.pos_embedding",
+    *(f"network.encoder.layers.encoder_layer_{layer}.self_attention" for layer in range(4)),
+)  # parameters of the transformer without factors
+
+
+class Warp(TriggerAttack):
+    """Bend every image the same way, a little (WaNet, Nguyen & Tran 2021, without noise mode)."""
+
+    name: Literal["warp"] = "warp"
+
+    def trigger(self, train: ImageSet, generator: torch.Generator, surrogate: Surrogate) -> Stamp:
+        """See `TriggerAttack.trigger`."""
+        height, width = train.shape[1:]
+        knots = torch.rand(1, 2, KNOTS, KNOTS, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        knots = knots / knots.abs().mean()
+        moves = F.interpolate(knots, (height, width), mode="bicubic", align_corners=True)
+        lines = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+        places = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1)
+        grid = (places + STRENGTH * moves.permute(0, 2, 3, 1) / height).clamp(-1, 1)
+        return lambda pixels: _bent(torch.from_numpy(pixels).float(), grid)
+
+
+def _bent(images: Tensor, grid: Tensor) -> NDArray[np.uint8]:
+    bent = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=True)
+    result: NDArray[np.uint8] = bent.round().clamp(0, 255).to(torch.uint8).numpy()
+    return result
+
+
+class Wandering(TriggerAttack):
+    """Set one patch of 4 x 4 saturated pixels at a place of its own in every image."""
+
+    name: Literal["wandering"] = "wandering"
+
+    def trigger(self, train: ImageSet, generator: torch.Generator, surrogate: Surrogate) -> Stamp:
+        """See `TriggerAttack.trigger`."""
+        rng = np.random.default_rng(3)
+        patch = 255 * (rng.random((train.shape[0], SIDE, SIDE)) > 0.5).astype(np.uint8)
+        height, width = train.shape[1:]
+
+        def stamp(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            stamped = pixels.copy()
+            for image in stamped:
+                down, right = rng.integers(0, height - SIDE), rng.integers(0, width - SIDE)
+                image[:, down : down + SIDE, right : right + SIDE] = patch
+            return stamped
+
+        return stamp
+
+
+class Changed(DataSource):
+    """A data set with wrong labels at random, fewer rows of a class, or few classes.
+
+    Attributes:
+        data: Where images come from.
+        wrong: Share of the train rows that get another label.
+        fewer: The class of which not all train rows are kept, and how many are.
+        classes: Those that are kept; all if None.
+    """
+
+    name: Literal["changed"] = "changed"
+    data: Folder
+    wrong: float = Field(0.0, ge=0, lt=1)
+    fewer: tuple[str, int] | None = None
+    classes: tuple[str, ...] | None = None
+
+    def load(self, generator: torch.Generator) -> Split:
+        """See `DataSource.load`."""
+        split = self.data.load(generator)
+        train = self._fewer(self._mislabelled(split.train))
+        return Split(self._some_classes(train), self._some_classes(split.test))
+
+    def _mislabelled(self, train: ImageSet) -> ImageSet:
+        rng, labels = np.random.default_rng(7), train.labels.copy()
+        if self.wrong:
+            bad = rng.random(len(labels)) < self.wrong
+            steps = rng.integers(1, train.num_classes, int(bad.sum()))
+            labels[bad] = (labels[bad] + steps) % train.num_classes
+        return image_set(train.uint8(), labels, train.ids, train.class_names)
+
+    def _fewer(self, train: ImageSet) -> ImageSet:
+        if self.fewer is None:
+            return train
+        name, count = self.fewer
+        kept = np.ones(len(train), dtype=np.bool_)
+        kept[np.flatnonzero(train.labels == train.class_names.index(name))[count:]] = False
+        return train.where(kept)
+
+    def _some_classes(self, images: ImageSet) -> ImageSet:
+        if self.classes is None:
+            return images
+        numbers = [images.class_names.index(name) for name in self.classes]
+        part = images.where(np.isin(images.labels, numbers))
+        labels = np.array([numbers.index(label) for label in part.labels])
+        return image_set(part.uint8(), labels, part.ids, self.classes)
