@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.paper_cells import HOME, Cells, of_others, values
@@ -49,31 +50,22 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
-    """Draw PSR and accuracy for every attack, with deviations over seeds, of what has run."""
-    bars = {
-        name: way
-        for name, way in bars.items()
-        if any(
-            [*values(cells, world, attack, "repairs", "/".join(way), "psr")] for attack in ATTACKS
-        )
-    }
-    figure = Figure(figsize=(3.6 * len(ATTACKS), 4.2), layout="constrained")
-    drawn = 0
-    for column, attack in enumerate(ATTACKS):
-        axes = figure.add_subplot(1, len(ATTACKS), column + 1)
-        for offset, key, colour in ((-0.2, "psr", POISON), (0.2, "accuracy", CLEAN)):
-            for place, way in enumerate(bars.values()):
-                seeds = values(cells, world, attack, "repairs", "/".join(way), key)
-                found = [value for _, value in seeds]
-                drawn += len(found)
-                if found:
-                    error = statistics.stdev(found) if len(found) > 1 else 0.0
-                    mean = statistics.fmean(found)
-                    inside = [[min(error, mean)], [min(error, 1 - mean)]]
-                    axes.bar(place + offset, mean, 0.38, yerr=inside, capsize=2, color=colour)
+    """Draw PSR and accuracy of what has run, with deviations over seeds; None if nothing has."""
+    found = [(attack, _ways(cells, world, attack, bars)) for attack in ATTACKS]
+    drawn = [(attack, ways) for attack, ways in found if ways]
+    if not drawn:
+        return None
+    bars = {name: way for name, way in bars.items() if any(name in ways for _, ways in drawn)}
+    figure = Figure(figsize=(3.6 * max(2, len(drawn)), 4.2), layout="constrained")
+    for column, (attack, ways) in enumerate(drawn):
+        axes = figure.add_subplot(1, len(drawn), column + 1)
+        for place, name in enumerate(bars):
+            for offset, key, colour in ((-0.2, "psr", POISON), (0.2, "accuracy", CLEAN)):
+                seeds = values(cells, world, attack, "repairs", ways.get(name, ""), key)
+                _bar(axes, place + offset, [value for _, value in seeds], colour)
         names = [
-            f"{name} †" if of_others(cells, world, attack, "repairs", "/".join(way)) else name
-            for name, way in bars.items()
+            f"{name} †" if of_others(cells, world, attack, "repairs", ways.get(name, "")) else name
+            for name in bars
         ]
         axes.axhline(0.05, color="black", lw=0.8, ls=":")
         axes.set_xticks(range(len(bars)), names, rotation=60, ha="right", fontsize=8)
@@ -81,7 +73,24 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
     figure.suptitle(
         "poison success (red) and clean accuracy (grey) afterwards; † of other models", fontsize=10
     )
-    return figure if drawn else None
+    return figure
+
+
+def _ways(cells: Cells, world: str, attack: str, bars: Bars) -> dict[str, str]:
+    """Pick the repairs of an attack that have run, by the label of their bar."""
+    keys = {name: "/".join(way) for name, way in bars.items()}
+    return {
+        name: key
+        for name, key in keys.items()
+        if any([*values(cells, world, attack, "repairs", key, "psr")])
+    }
+
+
+def _bar(axes: Axes, place: float, found: list[float], colour: str) -> None:
+    if found:
+        mean, error = statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+        inside = [[min(error, mean)], [min(error, 1 - mean)]]
+        axes.bar(place, mean, 0.38, yerr=inside, capsize=2, color=colour)
 
 
 def _collapse(world: str) -> Figure | None:
