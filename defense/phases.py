@@ -39,7 +39,7 @@ class Phase:
     @property
     def num_rows(self) -> int:
         """Rows of an epoch."""
-        return min(self.rows or len(self.images), len(self.images))
+        return len(self.images) if self.rows is None else min(self.rows, len(self.images))
 
     @property
     def num_gradients(self) -> int:

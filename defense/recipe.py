@@ -20,7 +20,7 @@ class Recipe(Method):
         schedule: ``triangle`` (linear warm-up, then linear decay), ``cosine``, ``steps`` (x 0.1
             at 35 %, 60 % and 87.5 %, the paper's) or ``constant``.
         warmup: Share of the steps over which ``triangle`` warms up.
-        final_rate: Share of the peak that ``triangle`` falls to; None is next to nothing, 0.01.
+        final_rate: Share of the peak that ``triangle`` falls to; None is 0.01.
         shift: Largest random shift in pixels, filled with black.
         flip: Mirror half of the images.
         precision: ``bf16`` keeps an fp32 master copy; worth it where the hardware has bf16.
@@ -36,7 +36,7 @@ class Recipe(Method):
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["triangle", "cosine", "steps", "constant"] = "triangle"
     warmup: float = Field(0.2, ge=0, lt=1)
-    final_rate: float | None = Field(None, gt=0, lt=1)
+    final_rate: float | None = Field(None, ge=0.01, lt=1)
     shift: int = Field(0, ge=0)
     flip: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -54,7 +54,7 @@ def learning_rate_at(recipe: Recipe, progress: float) -> float:
     elif recipe.schedule == "steps":
         factor = 0.1 ** sum(progress >= mark for mark in (0.35, 0.6, 0.875))
     else:
-        last = recipe.final_rate or 0.0
+        last = recipe.final_rate or 0.0  # None falls to nothing, and stops before
         rising = progress / recipe.warmup if recipe.warmup else 1.0
         falling = last + (1 - last) * (1 - progress) / (1 - recipe.warmup)
         factor = max(min(rising, falling), 0.01)

@@ -170,8 +170,8 @@ def train(
         NumericalError: The loss became NaN or infinite.
     """
     for phase in phases:
-        if len(phase.images) < 2:
-            raise DataError(f"expected at least 2 rows to {label} on, got {len(phase.images)}")
+        if phase.num_rows < 2:
+            raise DataError(f"expected at least 2 rows to {label} on, got {phase.num_rows}")
     stepper = Stepper(model, recipe, frozen)
     parts = (
         recipe.model_dump_json().encode(),

@@ -53,8 +53,8 @@ class FactorSettings(Method):
         fisher: ``sampled`` draws labels from the model (the true Fisher, equal to the
             Gauss-Newton matrix of cross-entropy); ``empirical`` uses the training labels.
         max_rows: Rows to fit on, drawn at random; None for all.
-        exclude: Names of modules whose parameters are left out, and of parameters themselves
-            that are neither a linear layer's nor a convolution's; the error names them.
+        exclude: Names of modules whose parameters are left out, and of parameters, where
+            the error that refuses a model names these.
     """
 
     tier: Tier = "fast"

@@ -1,13 +1,18 @@
 """Whether the gradients of a model's layers are what training sees."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from defense.errors import UnsupportedLayerError
-from defense.influence.layers import Layer, Trace, activations, flat_gradient, output_gradients
+from defense.influence.layers import (
+    Layer,
+    Trace,
+    activations,
+    flat_gradient,
+    listed,
+    output_gradients,
+)
 from defense.influence.network import Network
 from defense.influence.products import Workspace
 from defense.records import ImageSet
@@ -49,7 +54,7 @@ def require_faithful(network: Network, images: ImageSet) -> None:
             "eval mode (batch statistics, dropout that is not told about it), so that a sample "
             "has no gradient of its own"
         )
-    _require_all(
+    differing = [
         name
         for name, layer in layers.items()
         if not _agrees(
@@ -58,7 +63,14 @@ def require_faithful(network: Network, images: ImageSet) -> None:
             None if layer.bias is None else found[id(layer.bias)],
             traces.get(name),
         )
-    )
+    ]
+    if differing:
+        raise UnsupportedLayerError(
+            "expected gradients that are the products of a layer's inputs and output gradients; "
+            f"they are not in {len(differing)} layers: parameters are used elsewhere, too, or a "
+            "hook or an overridden method changes what goes in or comes out; give the layers "
+            f"parameters of their own, or add them to factors.exclude: {listed(differing)}"
+        )
 
 
 def _agrees(layer: Layer, weight: Tensor, bias: Tensor | None, trace: Trace | None) -> bool:
@@ -69,16 +81,6 @@ def _agrees(layer: Layer, weight: Tensor, bias: Tensor | None, trace: Trace | No
         a = activations(trace, actual.dtype, Workspace())
         expected = (output_gradients(trace, actual.dtype).transpose(2, 3) @ a).sum(0)
     return not _differ(actual, expected)
-
-
-def _require_all(refused: Iterable[str]) -> None:
-    if names := ", ".join(name or "the model" for name in refused):
-        raise UnsupportedLayerError(
-            "expected gradients that are the products of a layer's inputs and output gradients; "
-            f"they are not those of {names}: parameters are used elsewhere, too, or a hook or an "
-            "overridden method changes what goes in or comes out; give the layers parameters of "
-            "their own, or leave them out: add these names to factors.exclude"
-        )
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

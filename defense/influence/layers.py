@@ -35,35 +35,46 @@ def find_layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Laye
             holds parameters that are neither those of a plain linear layer, a plain convolution
             or a normalisation, nor excluded.
     """
-    layers, bare, known = dict[str, Layer](), dict[str, str](), set[str]()
-    for name, module in model.named_modules():
-        known.add(name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise UnsupportedLayerError(
-                f"{name} ({type(module).__name__}) keeps no running statistics, so a sample's "
-                "gradient depends on its batch; train it with track_running_stats=True"
-            )
-        unsupported = _without_factors(name, module)
-        known |= unsupported
+    layers, bare = dict[str, Layer](), dict[str, str]()
+    modules = dict(model.named_modules())
+    unsupported = {name: _without_factors(name, module) for name, module in modules.items()}
+    _require_known(exclude, modules.keys() | set().union(*unsupported.values()))
+    for name, module in modules.items():
+        _require_statistics(name, module)
         if _within(name, exclude) or _within(name, bare):
             continue
         if isinstance(module, Layer):
             _require_plain(name, module)
             layers[name] = module
-        bare |= dict.fromkeys(sorted(unsupported - {*exclude}), type(module).__name__)
-    unknown = sorted(set(exclude) - known)
-    if unknown:
-        raise UnsupportedLayerError(
-            f"factors.exclude names no module, nor a parameter without factors: "
-            f"{', '.join(unknown)}"
-        )
-    _require_all(bare)
+        bare |= dict.fromkeys(sorted(unsupported[name] - {*exclude}), type(module).__name__)
     if not layers:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
+        kinds = sorted({type(module).__name__ for module in modules.values()})
         raise UnsupportedLayerError(
             f"expected a model with at least one Linear or Conv2d layer, got {', '.join(kinds)}"
         )
+    if bare:
+        told = ", ".join(f"{name} ({kind})" for name, kind in bare.items())
+        raise UnsupportedLayerError(
+            f"no EK-FAC factors are known for {told}: only for Linear and Conv2d; to trace "
+            f"influence through the other layers alone, add to factors.exclude: {listed(bare)}"
+        )
     return layers
+
+
+def _require_known(exclude: Sequence[str], known: Collection[str]) -> None:
+    if unknown := sorted({*exclude} - {*known}):
+        raise UnsupportedLayerError(
+            "factors.exclude names no module, nor a parameter that has no factors by itself: "
+            + ", ".join(unknown)
+        )
+
+
+def _require_statistics(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        raise UnsupportedLayerError(
+            f"{name} ({type(module).__name__}) keeps no running statistics, so a sample's "
+            "gradient depends on its batch; train it with track_running_stats=True"
+        )
 
 
 def _within(name: str, modules: Collection[str]) -> bool:
@@ -85,14 +96,9 @@ def _without_factors(name: str, module: nn.Module) -> set[str]:
     return {name} if whole else own
 
 
-def _require_all(bare: dict[str, str]) -> None:
-    """Refuse parameters without factors; `bare` has the type of the module of each."""
-    if bare:
-        told = ", ".join(f"{name} ({kind})" for name, kind in bare.items())
-        raise UnsupportedLayerError(
-            f"no EK-FAC factors are known for {told}: only for Linear and Conv2d; to trace "
-            f"influence through the other layers alone, add to factors.exclude: {', '.join(bare)}"
-        )
+def listed(names: Iterable[str]) -> str:
+    """Write names as a list that can be pasted into params.yaml."""
+    return f"[{', '.join(names)}]"
 
 
 def _require_plain(name: str, layer: Layer) -> None:

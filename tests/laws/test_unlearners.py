@@ -188,17 +188,21 @@ def test_scrub_weighs_cross_entropy_and_divergence(trained, split: Split, wrong,
 def test_the_benchmarks_scrub_takes_turns_until_its_ascent_is_done() -> None:
     method = CorrectiveScrub(steps=11, ascent_steps=4, batch_size=10)
     up, down = (True, 10), (False, 20)
-    assert method.turns(num_forget=10, num_retain=20) == [
-        up,
-        down,
-        up,
-        down,
-        down,
-        down,
-        (False, 10),
-    ]
+    assert method.turns(num_forget=10, num_retain=20) == [up, down, up, *[down] * 3, (False, 10)]
     assert method.turns(num_forget=1, num_retain=20) == [down] * 5 + [(False, 10)]
     assert method.turns(num_forget=10, num_retain=1000) == [up, (False, 100)]
+    assert method.turns(num_forget=1000, num_retain=20) == [(True, 100), (False, 10)]
+    assert method.turns(num_forget=10, num_retain=0) == []
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 41])
+@pytest.mark.parametrize("num_forget", [2, 300, 5000])
+def test_the_benchmarks_scrub_never_ends_with_an_ascent(steps: int, num_forget: int) -> None:
+    method = CorrectiveScrub(steps=steps, ascent_steps=400)
+    turns = method.turns(num_forget, 9694)
+    assert not turns[-1][0]
+    assert sum(-(-rows // method.batch_size) for _, rows in turns) == steps
+    assert turns[0][0] == (steps > 1)
 
 
 def test_the_benchmarks_scrub_breaks_off_after_its_steps(trained, repair: Repair) -> None:
@@ -210,11 +214,14 @@ def test_the_benchmarks_scrub_breaks_off_after_its_steps(trained, repair: Repair
         rates.append(rate)
         return step(self, phase, batch, rows, rate)
 
-    method = CorrectiveScrub(steps=7, ascent_steps=1, batch_size=32, warmup=0.0, learning_rate=0.01)
+    method = CorrectiveScrub(
+        steps=8, ascent_steps=1, batch_size=32, warmup=0.25, learning_rate=0.01
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Stepper, "step", noted)
         done = method.unlearn(repair, trained[0])
-    assert rates == pytest.approx([0.01 * (1 - number / (1.25 * 7)) for number in range(7)])
+    falling = [0.01 * (1 - (number - 2) / (1.25 * 8)) for number in range(2, 8)]
+    assert rates[2:] == pytest.approx(falling)
     turns = method.turns(len(repair.forget), len(repair.retain))
     assert done.gradient_samples == sum(rows for _, rows in turns)
 

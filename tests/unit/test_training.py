@@ -178,7 +178,7 @@ def test_an_epoch_of_some_rows_draws_them_anew(split: Split) -> None:
 
     def noting(model: nn.Module, batch: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         seen.append(rows.tolist())
-        return F.cross_entropy(model(batch), split.train.targets(rows))
+        return F.cross_entropy(model(batch), split.train.targets(rows).to(batch.device))
 
     phase = Phase(split.train, 2, noting, "noting", rows=40)
     done = train(model_for(split), [phase], Recipe(epochs=2, batch_size=16), seeded(0, "order"))
