@@ -27,8 +27,7 @@ TITLES = {
 UNUSUAL = {
     "warp_3": "warped images, 3 %",
     "wandering_2": "a patch that wanders, 2 %",
-    "badnets_6": "BadNet, 6 % (a third of its class)",
-    "noisy_clean": "5 % of the labels wrong, no attack",
+    "badnets_6": "BadNet 6 % (three eighths of its class)",
     "noisy_badnets_1": "5 % of the labels wrong, BadNet 1 %",
     "rare_badnets_1": "a class of 250 of 9,250 rows, BadNet 1 %",
     "binary_badnets_2": "two classes, 4,000 rows, BadNet 2 %",
@@ -36,7 +35,8 @@ UNUSUAL = {
     "transformer_badnets_2": "vision transformer, BadNet 2 %",
 }
 NONE = "–"
-OLDER = " †"  # measured with an earlier version only
+OLDER = " †"
+LEGEND = "\n† measured with an earlier version of the detector.\n"
 
 
 def spread(values: Iterable[float | None], scale: float = 100.0) -> str:
@@ -54,11 +54,11 @@ def version(model: dict[str, Any]) -> int:
     return known
 
 
-def of(models: Models, attack: str) -> list[dict[str, Any]]:
-    """Pick the models of an attack that were measured with the latest version, by seed."""
+def of(models: Models, attack: str) -> list[list[dict[str, Any]]]:
+    """Pick the models of an attack, those of the latest version first, each by seed."""
     found = [model for model in models.values() if model["attack"] == attack]
-    newest = max(map(version, found), default=0)
-    return sorted((m for m in found if version(m) == newest), key=lambda model: model["seed"])
+    ordered = sorted(found, key=lambda model: (-version(model), model["seed"]))
+    return [[*own] for _, own in itertools.groupby(ordered, key=version)]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -72,12 +72,14 @@ def each(
     row: Callable[[list[dict[str, Any]]], list[str]],
     titles: Mapping[str, str] = TITLES,
 ) -> list[list[str]]:
-    """Write a row for every attack that was measured, unless it has no cells."""
-    newest = max(map(version, models.values()))
-    rows = []
+    """Write a row for every attack that was measured, unless it has no cells.
+
+    It is of the latest version that has cells, and marked if that is not the latest of all.
+    """
+    newest, rows = max(map(version, models.values()), default=1), []
     for attack, title in titles.items():
-        found = of(models, attack)
-        cells = row(found) if found else []
+        told = ((found, row(found)) for found in of(models, attack))
+        found, cells = next(((found, cells) for found, cells in told if cells), ([], []))
         if cells:
             rows.append([title + (OLDER if version(found[0]) < newest else ""), *cells])
     return rows
@@ -241,4 +243,5 @@ def page(models: Models) -> str:
         ("Other triggers, data and networks", other, each(models, unusual, UNUSUAL)),
         ("Cost in epochs", cost, each(models, times)),
     )
-    return "\n".join(f"### {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)
+    text = "\n".join(f"### {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)
+    return text + (LEGEND if OLDER in text else "")

@@ -236,7 +236,11 @@ def scrub(cells: Cells, world: str) -> str:
     """Figure 5: SCRUB as in the paper's run on the flags of every detector."""
     head = ["attack", "detector", "PSR after SCRUB", "accuracy after SCRUB"]
     rows = [
-        [attack_name, name, *_after(cells, world, attack, detector, "scrub_paper")]
+        [
+            attack_name,
+            name + _mark(cells, world, attack, "detectors", detector),
+            *_after(cells, world, attack, detector, "scrub_paper"),
+        ]
         for attack, attack_name in ATTACKS.items()
         for detector, name in DETECTORS.items()
     ]

@@ -202,13 +202,18 @@ def test_the_page_is_filled_between_its_markers(tmp_path: Path) -> None:
 
 
 def test_models_of_an_earlier_detector_are_left_out_or_marked() -> None:
-    """Of an attack only models of the latest version count; attacks that have none are marked."""
-    old = {"attack": "badnets_1", "seed": 3}
+    """A row is of the latest version that has something to show."""
+    old = {"attack": "badnets_1", "seed": 3, "seconds": 1}
     models = {
         "badnets_1-3": old,
-        "badnets_1-2": old | {"seed": 2, "version": 2},
+        "badnets_1-2-v2": {"attack": "badnets_1", "seed": 2, "version": 2},
         "sig_1-3": old | {"attack": "sig_1"},
     }
-    assert [model["seed"] for model in detection_page.of(models, "badnets_1")] == [2]
-    rows = detection_page.each(models, lambda found: [str(len(found))])
-    assert rows == [["BadNet 1 %", "1"], ["SIG 1 % †", "1"]]
+    rows = detection_page.each(models, lambda found: [str(model["seed"]) for model in found])
+    assert rows == [["BadNet 1 %", "2"], ["SIG 1 % †", "3"]]
+    timed = detection_page.each(models, lambda found: ["t" for m in found if "seconds" in m])
+    assert timed == [["BadNet 1 % †", "t"], ["SIG 1 % †", "t"]]
+
+
+def test_a_page_of_nothing_has_no_tables() -> None:
+    assert detection_page.page({}) == ""
