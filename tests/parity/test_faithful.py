@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -94,6 +95,14 @@ def test_refuses_what_is_not_the_gradient_of_the_parameters(kind: str, images: I
     torch.manual_seed(0)
     with pytest.raises(UnsupportedLayerError, match=r"(used elsewhere|changes its weight)"):
         fit_factors(REFUSED[kind]().eval(), images, FactorSettings(), torch.Generator())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
+def test_accepts_networks_of_torchvision(name: str) -> None:
+    """Depthwise and grouped convolutions, squeeze and excitation, channels that change places."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=4).eval()
+    require_faithful(Network(model), make_images(4, seed=4, shape=(3, 64, 64)))
 
 
 def test_all_layers_that_are_not_are_named_at_once(images: ImageSet) -> None:
