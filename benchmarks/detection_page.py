@@ -72,16 +72,16 @@ def each(
     row: Callable[[list[dict[str, Any]]], list[str]],
     titles: Mapping[str, str] = TITLES,
 ) -> list[list[str]]:
-    """Write a row for every attack that was measured, unless it has no cells.
+    """Write a row for every attack and version that was measured, unless it has no cells.
 
-    It is of the latest version that has cells, and marked if that is not the latest of all.
+    Rows of versions before the latest are marked.
     """
     newest, rows = max(map(version, models.values()), default=1), []
     for attack, title in titles.items():
-        told = ((found, row(found)) for found in of(models, attack))
-        found, cells = next(((found, cells) for found, cells in told if cells), ([], []))
-        if cells:
-            rows.append([title + (OLDER if version(found[0]) < newest else ""), *cells])
+        for found in of(models, attack):
+            mark = OLDER if version(found[0]) < newest else ""
+            if cells := row(found):
+                rows.append([title + mark, *cells])
     return rows
 
 
@@ -137,7 +137,7 @@ def whole(found: list[dict[str, Any]]) -> list[str]:
         f"{len(told)} of {len(poisoned)}" if poisoned else NONE,
         spread(entry["hits"] / entry["planted"] for entry in told),
         spread(entry["hits"] / entry["flagged"] for entry in told),
-        f"{sum(entry['inside'] for entry in told)} of {len(told)}" if told else NONE,
+        f"{sum(bool(entry['inside']) for entry in told)} of {len(told)}" if told else NONE,
         f"{sum(entry['found'] for entry in clean)} of {len(clean)}",
     ]
 
