@@ -20,7 +20,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 
 from defense.compute import progress
 from defense.contracts import Architecture
-from defense.detectors.coherence import Block, Reals, medians
+from defense.detectors.coherence import Block, Reals, leading, medians
 from defense.detectors.controls import Finding, exceedance
 from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
 from defense.detectors.subpopulation import Subpopulation, subpopulation
@@ -207,10 +207,16 @@ class Scanner:
                 yield Suspicion(label, bench.rows.places[members], finding, clean)
 
     def _grown(self, bench: Bench, starts: Iterator[Reals], known: set[int]) -> Iterator[Block]:
-        """Yield what grows from some places; one that leads to known seeds is no attempt."""
-        grown = map(bench.grow, itertools.islice(starts, TRIES * self.settings.attempts))
-        fresh = (block for block in grown if len(known & {*block.seeds}) <= len(block.seeds) / 2)
-        return itertools.islice(fresh, self.settings.attempts)
+        """Yield what grows at places away from known rows; known seeds are no attempt."""
+        # An attack is as dense at all of its rows, so that it would hide another one.
+        size = min(self.settings.seeds, len(bench.rows))
+
+        def is_new(rows: NDArray[np.int64]) -> bool:
+            return len(known & {*rows.tolist()}) <= len(rows) / 2
+
+        elsewhere = (start for start in starts if is_new(leading(start, size)))
+        grown = map(bench.grow, itertools.islice(elsewhere, TRIES * self.settings.attempts))
+        return itertools.islice((b for b in grown if is_new(b.seeds)), self.settings.attempts)
 
     def _with_right_labels(
         self, labels: list[int], blocks: list[Suspicion]

@@ -91,7 +91,7 @@ class Rows:
         """
         count, scores, top = min(seeds, len(self)), start, np.zeros(0, dtype=np.int64)
         for _ in range(rounds):
-            following = np.sort(np.argpartition(-scores, count - 1)[:count])
+            following = np.sort(leading(scores, count))
             if np.array_equal(top, following):
                 break
             top, scores = following, medians(self.between(following))
@@ -101,6 +101,11 @@ class Rows:
         """Score rows by their cosines with the flagged ones, bool ``[n]``, instead of the seeds."""
         places = np.flatnonzero(flagged)
         return Block(block.start, medians(self.between(places)), places)
+
+
+def leading(scores: Reals, count: int) -> NDArray[np.int64]:
+    """Name the rows with the largest scores, in any order."""
+    return np.argpartition(-scores, count - 1)[:count]
 
 
 def medians(values: Reals) -> Reals:

@@ -136,6 +136,17 @@ def test_two_attacks_on_one_class_are_two_blocks() -> None:
     assert shares == [(False, True), (True, False)]
 
 
+def test_an_attack_is_not_hidden_by_a_denser_one() -> None:
+    """All rows of the denser one come first, more of them than there are tries."""
+    dense, other = np.flatnonzero(LABELS == 1)[:60], np.flatnonzero(LABELS == 1)[60:100]
+    vectors = vectors_with(dense, other, strength=9.0)
+    vectors[dense] = vectors_with(dense, strength=30.0)[dense]
+    scan = scanner_of(vectors, planted=np.concatenate([dense, other]), attempts=1).rows(seed=0)
+    assert [block.rows[dense].mean() > 0.9 for block in scan.blocks] == [True]
+    scan = scanner_of(vectors, planted=np.concatenate([dense, other])).rows(seed=0)
+    assert [block.rows[other].mean() > 0.9 for block in scan.suspected] == [False, True]
+
+
 def test_a_class_whose_inputs_are_all_alike_has_no_block() -> None:
     """Rows cohere, but so do clean inputs: nothing stands out."""
     vectors = vectors_with(np.flatnonzero(LABELS == 0))
