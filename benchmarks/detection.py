@@ -31,10 +31,11 @@ from defense.detectors.normalised_influence import NormalisedInfluence, together
 from defense.detectors.search import Bench, CleanInputs, Search, Sighting, starts_of
 from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.evidence import Scan
+from defense.independent import independent_of
 from defense.labels import doubt_labels
 from defense.prediction import logits, predict
 from defense.records import Mask, PoisonedSplit, Truth
-from defense.scan import Scanner, ScanSettings, independent_of
+from defense.scan import Scanner, ScanSettings
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.detection --attack <attack> --seeds <seeds>"

@@ -9,41 +9,33 @@ passes that test; it is sought as rows of a class that have in common what its c
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import false_discovery_control, fisher_exact
+from scipy.stats import false_discovery_control
 
 from defense.compute import progress
-from defense.contracts import Architecture
 from defense.detectors.coherence import Block, Reals, leading, medians
-from defense.detectors.controls import Finding, exceedance
-from defense.detectors.search import FEWEST, Bench, CleanInputs, Coherence, Search, starts_of
+from defense.detectors.controls import exceedance
+from defense.detectors.search import FEWEST, Bench, CleanInputs, Search, starts_of
 from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.errors import DataError
-from defense.evidence import Directions, FoundBlock, PointedInput, Scan
-from defense.prediction import predict
-from defense.recipe import Recipe
-from defense.records import ImageSet, Mask, mask_of
-from defense.victim import make_trainer
+from defense.evidence import Directions, PointedInput, Scan
+from defense.independent import Hearing, Independence, Independent, Suspicion, rows_of
+from defense.records import ImageSet, mask_of
 
 logger = logging.getLogger(__name__)
-
-Predictor = Callable[[ImageSet], NDArray[np.int64]]
-Independent = Callable[[ImageSet, int], Predictor]  # trains on some rows for some epochs
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
 TRIES = 10  # places looked at per attempt, as long as they lead to a known block
 LISTED = 20  # inputs per block that are told, more only if it dictates more
 MOSTLY = 0.5  # share of rows from which on they are taken for the same
-CONTRADICTED = 0.5  # share of the usual agreement up to which labels are contradicted
 
 
-class ScanSettings(Coherence):
+class ScanSettings(Independence):
     """How a scan looks for blocks and judges them.
 
     Attributes:
@@ -51,39 +43,12 @@ class ScanSettings(Coherence):
         attempts: Places per class where a block is sought.
         candidates: Rows of a class, at random, that may be such a place.
         smallest: Rows of a block at least; fewer are not judged.
-        epochs: That the independent model is trained for.
-        max_epochs: The same, if it knows too little.
-        max_rows: Rows that it is trained on, at random; null for all that are left.
-        held_out: Rows per class that it never sees, for comparison with those of a block.
     """
 
     num_controls: int = Field(500, gt=0)
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(16, gt=1)
-    epochs: int = Field(1, gt=0)
-    max_epochs: int = Field(16, gt=0)
-    max_rows: int | None = Field(10_000, gt=0)
-    held_out: int = Field(100, gt=9)
-
-
-@dataclass(frozen=True)
-class Suspicion:
-    """A block that coheres more than clean inputs do, not judged yet.
-
-    Attributes:
-        label: The label of its rows.
-        rows: Their numbers in the training set, ascending.
-        finding: How much they cohere.
-        clean: Largest median cosine of a clean input with it.
-        lacking: See `defense.evidence.FoundBlock`.
-    """
-
-    label: int
-    rows: NDArray[np.int64]
-    finding: Finding
-    clean: float
-    lacking: bool = False
 
 
 class Scanner:
@@ -107,7 +72,8 @@ class Scanner:
             independent: Trains a model on some rows for some epochs; returns its predictions.
         """
         self.settings, self.train = settings, train
-        self.search, self.independent = Search(settings, train, directions, clean), independent
+        self.search = Search(settings, train, directions, clean)
+        self.hearing = Hearing(settings, train, independent)
 
     def rows(self, seed: int) -> Scan:
         """Look for blocks in the training set alone."""
@@ -117,7 +83,7 @@ class Scanner:
             block for label in labels for block in self._blocks(label, self._dense(label, seed))
         ]
         blocks, in_part = self._with_right_labels(checked, blocks)
-        return Scan(self._judged(blocks, seed), (), self.settings.alarm, unchecked, in_part)
+        return Scan(self.hearing.judged(blocks, seed), (), self.settings.alarm, unchecked, in_part)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
         """Look for blocks, also where inputs point to, and for inputs that blocks dictate.
@@ -136,7 +102,7 @@ class Scanner:
             pointing = self._pointing(bench, starts[label])
             blocks += self._blocks(label, pointing, self._dense(label, seed))
         every, in_part = self._with_right_labels(checked, blocks)
-        judged = self._judged(every, seed)
+        judged = self.hearing.judged(every, seed)
         pointed = list[PointedInput]()
         for number, block in enumerate(blocks):  # no input need point to those that were added
             places = np.flatnonzero(predicted == block.label)
@@ -230,7 +196,7 @@ class Scanner:
         """
         in_part = list[int]()
         for label in labels:
-            seen = subpopulation(self.search, label, self._any([]))
+            seen = subpopulation(self.search, label, rows_of([], len(self.train)))
             if seen is None:
                 in_part.append(label)
             elif len(seen.rows):
@@ -240,7 +206,8 @@ class Scanner:
     def _joined(self, label: int, seen: Subpopulation, blocks: list[Suspicion]) -> list[Suspicion]:
         lacking = mask_of(seen.rows, len(self.train))
         within = [bool(lacking[block.rows].mean() > MOSTLY) for block in blocks]
-        if self._any([*itertools.compress(blocks, within)])[seen.rows].mean() > MOSTLY:
+        joined = rows_of([*itertools.compress(blocks, within)], len(self.train))
+        if joined[seen.rows].mean() > MOSTLY:
             both = zip(blocks, within, strict=True)
             return [replace(block, lacking=same or block.lacking) for block, same in both]
         if len(seen.rows) < self.settings.smallest:
@@ -255,96 +222,3 @@ class Scanner:
         chances = exceedance(null.null(settled), own)
         adjusted: NDArray[np.float64] = false_discovery_control(chances)
         return adjusted
-
-    def _judged(self, blocks: list[Suspicion], seed: int) -> tuple[FoundBlock, ...]:
-        """Ask a model that never saw the rows of any block, nor some others of their classes.
-
-        If it knows too little of these others, it is trained anew for four times as long.
-        """
-        if not blocks:
-            return ()
-        labels, rng = self.train.labels, np.random.default_rng(seed)
-        suspect = self._any(blocks)
-        held = np.zeros_like(suspect)
-        for label in sorted({block.label for block in blocks}):
-            others = rng.permutation(np.flatnonzero((labels == label) & ~suspect))
-            held[others[: min(self.settings.held_out, len(others) // 2)]] = True
-        judged = np.unique(labels[held])
-        seen = rng.permutation(np.flatnonzero(~(suspect | held)))[: self.settings.max_rows]
-        if not len(seen):
-            raise DataError("expected rows outside of blocks to train on, but all are in blocks")
-        rows, epochs = self.train.take(np.sort(seen)), self.settings.epochs
-        while True:
-            said = np.full(len(labels), -1, dtype=np.int64)
-            said[suspect | held] = self.independent(rows, epochs)(self.train.where(suspect | held))
-            known = [(said == label)[held & (labels == label)].mean() for label in judged]
-            if min(known, default=1.0) >= self.competent or epochs >= self.settings.max_epochs:
-                break
-            epochs = min(4 * epochs, self.settings.max_epochs)
-        alarm = self.settings.alarm / len(blocks)
-        return tuple(self._judge(block, said, held, alarm) for block in blocks)
-
-    @property
-    def competent(self) -> float:
-        """Share of a class's rows that the independent model has to know.
-
-        It is twice that of chance, or half-way between chance and all if that is less.
-        """
-        chance = 1 / self.train.num_classes
-        return min(2 * chance, (1 + chance) / 2)
-
-    def _any(self, blocks: list[Suspicion]) -> Mask:
-        """Tell rows of some blocks from the others, bool ``[n]``."""
-        rows = itertools.chain(*(block.rows for block in blocks))
-        return mask_of(np.fromiter(rows, dtype=np.int64), len(self.train))
-
-    def _judge(
-        self, block: Suspicion, said: NDArray[np.int64], held: Mask, alarm: float
-    ) -> FoundBlock:
-        """Compare how often the independent model agrees with the labels of a block."""
-        label, scores = block.label, block.finding.block.scores[block.finding.flagged]
-        own, usual = said[block.rows] == label, said[held & (self.train.labels == label)] == label
-        counts = [[group.sum(), (~group).sum()] for group in (own, usual)]
-        p_value = float(fisher_exact(counts, alternative="less").pvalue)
-        votes = np.bincount(said[block.rows], minlength=self.train.num_classes)
-        agreement, base = float(own.mean()), float(usual.mean()) if len(usual) else 0.0
-        return FoundBlock(
-            label,
-            self._any([block]),
-            float(np.median(scores)),
-            block.clean,
-            block.finding.expected_false,
-            agreement,
-            base,
-            len(usual),
-            int(votes.argmax()),
-            float(votes.max() / len(own)),
-            p_value,
-            (p_value <= alarm and agreement <= CONTRADICTED * base)
-            or base < self.competent
-            or block.lacking,
-            block.lacking,
-        )
-
-
-def independent_of(
-    architecture: Architecture, recipe: Recipe, seed: int, scratch: Path | None
-) -> Independent:
-    """Prepare to train models like the suspect one, but shortly, on some rows.
-
-    Args:
-        architecture: Of the suspect model.
-        recipe: It was trained with.
-        seed: The run's seed.
-        scratch: Folder for checkpoints of an unfinished training.
-    """
-
-    def fitted(rows: ImageSet, epochs: int) -> Predictor:
-        short = recipe.model_copy(update={"epochs": epochs})
-        trainer = make_trainer(
-            architecture, short, seed=seed, stream="independent", scratch=scratch
-        )
-        model = trainer.fit(rows).model
-        return lambda images: predict(model, images, label="independent")
-
-    return fitted

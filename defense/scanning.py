@@ -26,6 +26,7 @@ from defense.datasets.folder import read_images
 from defense.detectors.search import CleanInputs
 from defense.errors import DataError, DefenseError
 from defense.evidence import Scan
+from defense.independent import independent_of
 from defense.influence.directions import StoredDirections
 from defense.influence.store import load_store
 from defense.labels import doubt_labels
@@ -35,7 +36,7 @@ from defense.pictures import block_title, sheets
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import ImageSet
-from defense.scan import Scanner, ScanSettings, independent_of
+from defense.scan import Scanner, ScanSettings
 from defense.storage import load_factors, load_images, load_weights, save_images, save_scan
 
 UNFINISHED = "unfinished"  # folder of checkpoints

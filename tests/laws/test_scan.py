@@ -29,12 +29,13 @@ def scanner_of(
     known: dict[bytes, np.ndarray] | None = None,
     skill: float = 0.7,
     learns_in: int = 1,
+    labels: np.ndarray = LABELS,
     **options: float,
 ) -> Scanner:
     """A scanner whose independent model knows a share of labels, and gives planted rows a 3."""
     train = make_images(SIZE, seed=8)
-    train = ImageSet(train.pixels, LABELS, *list(vars(train).values())[2:])
-    said = np.where(np.random.default_rng(2).random(SIZE) < skill, LABELS, (LABELS + 1) % 4)
+    train = ImageSet(train.pixels, labels, *list(vars(train).values())[2:])
+    said = np.where(np.random.default_rng(2).random(SIZE) < skill, labels, (labels + 1) % 4)
     said[planted] = 3
     answers = dict(zip(train.ids.tolist(), said.tolist(), strict=True))
     seen, trained = list[str](), list[int]()
@@ -96,6 +97,27 @@ def test_a_block_that_nobody_can_vouch_for_is_suspected() -> None:
     (block,) = scanner.rows(seed=0).blocks
     assert block.suspected
     assert block.usual_agreement == 0
+    assert scanner.trained == [1, 4, 16]
+
+
+def test_what_a_model_learns_of_a_small_class_is_repeated() -> None:
+    labels = np.where((LABELS != 1) | (np.arange(SIZE) < 400), LABELS, 0)
+    scanner = scanner_of(vectors_with(BLOCK), labels=labels)
+    (block,) = scanner.rows(seed=0).suspected
+    names = scanner.train.ids[(labels == 1) & ~block.rows]
+    learnt = [name for name in scanner.seen if name in set(names.tolist())]
+    unseen = block.rows.sum() + block.num_held_out
+    assert len(set(learnt)) == len(names) - block.num_held_out
+    assert len(learnt) == (SIZE - unseen) // 8
+    assert len(scanner.seen) - len(learnt) == (labels != 1).sum()
+
+
+def test_where_no_test_could_tell_the_share_decides() -> None:
+    """Ten rows to compare with cannot bring a p-value of 1e-12, however long the training."""
+    scanner = scanner_of(vectors_with(BLOCK, OTHER), held_out=10, alarm=1e-12)
+    scan = scanner.rows(seed=0)
+    assert sorted(rows_of(scan)) == [(1, True), (2, False)]
+    assert min(block.p_value for block in scan.suspected) > scan.alarm
     assert scanner.trained == [1, 4, 16]
 
 

@@ -38,6 +38,7 @@ FLOORS = (
         "defense.tracking",
     },
     {"defense.victim"},
+    {"defense.independent"},
     {"defense.scan"},
     {"defense.scanning"},
     {"defense.cli"},
