@@ -36,7 +36,8 @@ class Independence(Coherence):
         epochs: That the independent model is trained for.
         max_epochs: The same, if it knows too little.
         max_rows: Rows that it is trained on, at random; null for all that are left. Rows of a
-            class it is asked about are repeated where they are less than half of an even share.
+            class it is asked about are repeated up to an even share if they are less than half
+            of one.
         held_out: Rows per class that it never sees, for comparison with those of a block.
     """
 
@@ -163,16 +164,16 @@ class Hearing:
     def _lessons(
         self, unseen: Mask, blocks: Sequence[Suspicion], rng: np.random.Generator
     ) -> ImageSet:
-        """Draw the rows that are learnt from; classes concerned get half of an even share."""
+        """Draw the rows that are learnt from; small classes concerned get an even share."""
         drawn = rng.permutation(np.flatnonzero(~unseen))[: self.settings.max_rows]
         if not len(drawn):
             raise DataError("expected rows outside of blocks to train on, but all are in blocks")
-        labels, fair = self.train.labels, len(drawn) // (2 * self.train.num_classes)
+        labels, fair = self.train.labels, len(drawn) // self.train.num_classes
         more = []
         for label in sorted({block.label for block in blocks}):
-            own = np.flatnonzero((labels == label) & ~unseen)
-            lack = fair - int((labels[drawn] == label).sum())
-            more.append(np.resize(rng.permutation(own), lack if len(own) and lack > 0 else 0))
+            own = rng.permutation(np.flatnonzero((labels == label) & ~unseen))
+            known = int((labels[drawn] == label).sum())
+            more.append(np.resize(own, fair - known if len(own) and known < fair / 2 else 0))
         return self.train.take(np.sort(np.concatenate([drawn, *more])))
 
     def _agreement(self, block: Suspicion, said: NDArray[np.int64], held: Mask) -> Agreement:

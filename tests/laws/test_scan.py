@@ -108,7 +108,7 @@ def test_what_a_model_learns_of_a_small_class_is_repeated() -> None:
     learnt = [name for name in scanner.seen if name in set(names.tolist())]
     unseen = block.rows.sum() + block.num_held_out
     assert len(set(learnt)) == len(names) - block.num_held_out
-    assert len(learnt) == (SIZE - unseen) // 8
+    assert len(learnt) == (SIZE - unseen) // 4
     assert len(scanner.seen) - len(learnt) == (labels != 1).sum()
 
 
