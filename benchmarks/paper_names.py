@@ -7,6 +7,7 @@ DETECTORS = {
     "spectral_tran": "Spectral Signatures (`tran`)",
     "activation_clustering": "Activation Clustering",
     "frequency": "frequency detector",
+    "frequency_suspect": "frequency detector, learning from suspect rows",
     "poison_forensics": "Poison Forensics",
     "ekfac": "EK-FAC, largest 27 %",
     "ekfac_zero": "EK-FAC > 0",

@@ -40,7 +40,8 @@ COMMAND = "(cd pipelines/paper && dvc repro) && python -m benchmarks.tables"
 RESTRICTED = {"delta_restricted", "normalised"}  # detectors whose own rule is the restricted one
 NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
     "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
-    "activation_clustering": (), "frequency": (), "poison_forensics": (),
+    "activation_clustering": (), "frequency": (), "frequency_suspect": (),
+    "poison_forensics": (),
 }  # stages that work for a detector alone  # fmt: skip
 PSR_BOUND = 0.05
 PAPER = "paper: precision / TPR; PSR / accuracy after EU"

@@ -27,11 +27,13 @@ SMALLEST = 2 ** len(WIDTHS)  # pixels that three poolings leave one of
 class FrequencyDetector(RowDetector):
     """Flag images that a network takes for corrupted, from their cosine transform.
 
-    The network is trained on images of the suspect train set and as many crudely corrupted
-    copies: a rectangle of white or of noise in a corner, bright noise, a shadow, another
-    image. It sees neither labels nor the suspect model.
+    The network is trained on clean images and as many crudely corrupted copies: a rectangle of
+    white or of noise in a corner, bright noise, a shadow, another image. It sees neither labels
+    nor the suspect model.
 
     Attributes:
+        clean: The clean images: those of the test set, or the suspect train set, poison and all,
+            as if it were clean. The source takes the train set before the attack.
         num_images: Images it is trained on, and as many corrupted copies; None takes all.
         epochs: Passes over them; 10 in the Delta-Influence authors' code.
         batch_size: Images per step.
@@ -40,6 +42,7 @@ class FrequencyDetector(RowDetector):
     """
 
     name: Literal["frequency"] = "frequency"
+    clean: Literal["test", "train"] = "test"
     num_images: int | None = Field(None, gt=1)
     epochs: int = Field(10, gt=0)
     batch_size: int = Field(256, gt=1)
@@ -47,13 +50,20 @@ class FrequencyDetector(RowDetector):
     probability: float = Field(0.5, gt=0, lt=1)
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
-        """See `Detector.detect`; suspicion is the log-odds of being corrupted."""
+        """See `Detector.detect`; suspicion is the log-odds of being corrupted.
+
+        Raises:
+            DataError: Images are too small, or there are no clean ones.
+        """
+        clean = case.controls if self.clean == "test" else case.train
+        if clean is None:
+            raise DataError("detector frequency: expected clean test images, got none")
         if min(case.train.shape[1:]) < SMALLEST:
             raise DataError(
                 f"detector frequency: expected images of at least {SMALLEST} pixels per side, got "
                 f"{case.train.shape[1]}x{case.train.shape[2]}"
             )
-        examples = self.examples(case.train, generator)
+        examples = self.examples(clean, generator)
         recipe = Recipe(
             epochs=self.epochs,
             batch_size=self.batch_size,

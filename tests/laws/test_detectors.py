@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 from torch import nn
 
 from defense.attacks.badnets import BadNets
@@ -353,7 +354,7 @@ def test_spectrum_keeps_energy_and_finds_the_mean() -> None:
     torch.testing.assert_close(coefficients[:, :, 0, 0], images.sum((2, 3)) / 48**0.5)
 
 
-def test_frequency_detector_tells_corrupted_copies() -> None:
+def test_frequency_detector_tells_corrupted_copies_best_if_it_learns_from_clean_images() -> None:
     """Held-out clean images against held-out corrupted ones, after a short training."""
     train = make_images(400, seed=1)
     case = make_case()
@@ -366,10 +367,21 @@ def test_frequency_detector_tells_corrupted_copies() -> None:
         np.arange(800),
     )
     scores = np.zeros((len(case.queries.labels), 800), dtype=np.float32)
-    detector = FrequencyDetector(epochs=6, batch_size=32, learning_rate=1.0)
-    flags = detect(detector, replace(case, train=mixed, scores=scores))
-    corrupted = flags.suspicion[600:].mean() - flags.suspicion[400:600].mean()
-    assert corrupted > 1
+    case = replace(case, train=mixed, scores=scores, controls=make_images(800, seed=3))
+    precision = {}
+    for clean in ("test", "train"):
+        detector = FrequencyDetector(clean=clean, epochs=6, batch_size=32, learning_rate=1.0)
+        suspicion = detect(detector, case).suspicion
+        assert suspicion[600:].mean() - suspicion[400:600].mean() > 1
+        precision[clean] = average_precision_score(np.arange(800) >= 600, suspicion)
+    assert precision["test"] > precision["train"]
+
+
+def test_frequency_detector_needs_clean_images() -> None:
+    case = replace(make_case(), controls=None)
+    with pytest.raises(DataError, match="expected clean test images, got none"):
+        detect(FrequencyDetector(), case)
+    assert len(detect(FrequencyDetector(clean="train", epochs=1), case).mask) == ROWS
 
 
 def test_even_gradients_are_those_of_the_last_layer() -> None:
