@@ -17,10 +17,12 @@ class InfluenceThreshold(ScoreDetector):
     Attributes:
         threshold: In units of the margin; the paper's grid is 0, 10, 100, 500. Another model,
             data set or damping has other units.
-        share: Instead of a threshold, the share of all rows that one affected input flags;
-            rows are judged by their rank then. The authors' released run flags 0.27.
+        share: Instead of a threshold, the share of all rows that is flagged, by one affected
+            input or by the mean of several; rows are judged by their rank then. The authors'
+            released run flags 0.27.
         several: What is made of several affected inputs: ``mean`` averages their influence,
-            ``boosted`` wants each above the threshold but `affected_tolerance` (section 6.1).
+            ``boosted`` wants each above the threshold, or in its `share`, but
+            `affected_tolerance` (section 6.1).
     """
 
     name: Literal["influence_threshold"] = "influence_threshold"
@@ -34,13 +36,14 @@ class InfluenceThreshold(ScoreDetector):
         return self.threshold if self.share is None else 1 - self.share
 
     def suspicion(self, case: Case, chosen: Mask) -> NDArray[np.float32]:
-        """See `ScoreDetector.suspicion`: the row's influence, or the share of rows up to it."""
+        """See `ScoreDetector.suspicion`: influence, or its rank where ranks must agree."""
         values: NDArray[np.float32] = case.scores[chosen & case.queries.changed("none")][0]
-        return values if self.share is None else (rankdata(values) / len(values)).astype(np.float32)
+        return self._ranked(values) if self.several == "boosted" else values
 
     def agree(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `ScoreDetector.agree`."""
-        if self.several == "boosted":
-            return super().agree(parts)
-        mean: NDArray[np.float32] = parts.mean(0)
-        return mean
+        return super().agree(parts) if self.several == "boosted" else self._ranked(parts.mean(0))
+
+    def _ranked(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Replace influence by the share of rows up to it, if a share is flagged."""
+        return values if self.share is None else (rankdata(values) / len(values)).astype(np.float32)

@@ -1,17 +1,21 @@
 """Laws of every attack, and the published facts of each."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.fft import dctn
+from torch import nn
 
 from defense.attacks import AnyAttack
 from defense.attacks.badnets import BadNets
+from defense.attacks.blended import Blended
 from defense.attacks.sig import Sig
-from defense.attacks.smooth import Smooth, deepfool, smoothed
-from defense.attacks.witches_brew import WitchesBrew, parameter_gradient
+from defense.attacks.smooth import Smooth, _judge, deepfool, smoothed
+from defense.attacks.witches_brew import WitchesBrew, parameter_gradient, search
+from defense.checkpoints import Checkpoint
 from defense.compute import seeded
 from defense.contracts import Attack, Surrogate
 from defense.datasets.digits import Digits
@@ -184,6 +188,16 @@ def test_sinusoid_is_the_published_formula() -> None:
     assert (stamped == stamped[:, :1, :1]).all()
 
 
+def test_blended_is_the_published_formula() -> None:
+    black, white = (np.full((1, 3, 32, 32), value, dtype=np.uint8) for value in (0, 255))
+    attack = Blended(target_class="b", alpha=0.2)
+    noise = attack.stamp(black)
+    np.testing.assert_allclose(attack.stamp(white), 0.8 * 255 + noise.astype(float), atol=1)
+    assert noise.max() == 51
+    assert noise.std() == pytest.approx(51 / 12**0.5, rel=0.02)  # even noise
+    np.testing.assert_array_equal(attack.stamp(np.repeat(black, 2, 0))[1], noise[0])
+
+
 def test_smooth_pattern_is_bounded_and_low_in_frequency(split: Split, surrogate: Surrogate) -> None:
     attack = Smooth(target_class="b", num_images=24, passes=3, fooling=0.2, amplitude=0.2)
     stamp = attack.trigger(split.train, generator(), surrogate)
@@ -209,6 +223,23 @@ def test_a_clean_model_keeps_most_images_with_the_smooth_trigger_right() -> None
     changed = predict(own.model(), stamped) != predict(own.model(), test)
     assert changed.mean() > 0.1
     assert (predict(other.model(), stamped) == test.labels).mean() >= 0.8
+
+
+def test_the_smooth_search_aims_at_the_commonest_wrong_label() -> None:
+    class Ramp(nn.Module):
+        """Says a class by the brightness of the image: 0, 1, 2, 3."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return -(images.mean((1, 2, 3))[:, None] * 3 - torch.arange(4)).abs()
+
+    images = torch.zeros(20, 3, 8, 8)
+    state = {"pattern": torch.full((3, 8, 8), 2 / 3), "best": None, "fooled": 0.1, "target": 3}
+    _judge(Ramp(), images, torch.zeros(20, dtype=torch.int64), state)
+    assert (state["target"], state["fooled"]) == (2, 1.0)
+    assert state["best"] is state["pattern"]
+    state = {"pattern": torch.zeros(3, 8, 8), "best": None, "fooled": 0.1, "target": 3}
+    _judge(Ramp(), images, torch.zeros(20, dtype=torch.int64), state)
+    assert (state["target"], state["fooled"], state["best"]) == (3, 0.1, None)
 
 
 def test_smooth_filter_has_the_published_width() -> None:
@@ -261,3 +292,42 @@ def test_witches_brew_stays_within_epsilon_and_aligns_gradients(
         return float(torch.cosine_similarity(aim, got, dim=0))
 
     assert 1 - angle(after) < 0.7 * (1 - angle(before))
+
+
+class Recorded:
+    """A problem of gradient matching whose restarts end as told, each at a change of its own."""
+
+    def __init__(self, ends: list[float]) -> None:
+        self.settings = WitchesBrew(target_class="b", steps=1, restarts=len(ends))
+        self.images, self.deviations = torch.zeros(1, 1, 1, 1), torch.ones(1)
+        self.ends, self.begun = iter(ends), 0
+
+    def start(self, generator: torch.Generator) -> torch.Tensor:
+        self.begun += 1
+        return torch.full((1, 1, 1, 1), float(self.begun))
+
+    def slope(self, change: torch.Tensor, generator: torch.Generator) -> float:
+        change.grad = torch.zeros_like(change)
+        return next(self.ends)
+
+    def project(self, change: torch.Tensor) -> torch.Tensor:
+        return change
+
+
+def test_witches_brew_keeps_the_restart_that_is_aligned_best() -> None:
+    best = search(Recorded([0.5, 0.2, 0.4]), 0, Checkpoint.at(None, []))
+    assert float(best) == 2.0
+
+
+def test_witches_brew_is_brewed_under_the_victims_augmentation(
+    split: Split, surrogate: Surrogate
+) -> None:
+    attack = WitchesBrew(
+        target_class="b", victim_class="a", poison_fraction=0.1, steps=4, restarts=1
+    )
+    plain = surrogate.recipe.model_copy(update={"shift": 0, "flip": False})
+    crafted = [
+        plant(attack, split, replace(surrogate, recipe=recipe)).train.uint8()
+        for recipe in (surrogate.recipe, plain)
+    ]
+    assert (crafted[0] != crafted[1]).any()

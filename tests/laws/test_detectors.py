@@ -331,6 +331,9 @@ def test_a_share_of_the_rows_is_flagged_whatever_the_units() -> None:
     scaled = detect(share, replace(case, scores=1e6 * case.scores))
     np.testing.assert_array_equal(scaled.suspicion, flags.suspicion)
     several = make_case(affected=5)
+    mean = several.scores[several.queries.changed("none")].mean(0)
+    together = detect(share, several)
+    np.testing.assert_array_equal(np.flatnonzero(together.mask), np.sort(np.argsort(-mean)[:12]))
     boosted = detect(InfluenceThreshold(share=0.25, several="boosted"), several)
     assert boosted.mask[planted_rows(several.train)].all()
     assert boosted.mask.sum() < 12

@@ -1,5 +1,6 @@
 """Laws of every unlearner, and the published facts of each."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -16,14 +17,14 @@ from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import Split, Trained
 from defense.training import Stepper, all_but_last
-from defense.unlearning import AnyUnlearner
+from defense.unlearning import AnyUnlearner, potion, ssd
 from defense.unlearning.bad_teacher import BadTeacher
 from defense.unlearning.dampening import batch_importance, dampened, sample_importance
 from defense.unlearning.distillation import divergence
 from defense.unlearning.fine_tuning import CatastrophicForgetting
 from defense.unlearning.potion import Potion
 from defense.unlearning.retraining import ExactUnlearning
-from defense.unlearning.scrub import CorrectiveScrub, Distilled
+from defense.unlearning.scrub import CorrectiveScrub, Distilled, Scrub
 from defense.unlearning.ssd import SelectiveSynapticDampening, margins
 from defense.victim import make_trainer
 
@@ -56,7 +57,11 @@ def repair(trained, split: Split) -> Repair:
     return repair_of(trained, split, split.train.labels == 3)
 
 
-def test_leaves_the_suspect_model_alone(unlearner: Unlearner, trained, repair: Repair) -> None:
+def test_leaves_the_suspect_model_and_its_rows_alone(
+    unlearner: Unlearner, trained, repair: Repair
+) -> None:
+    parts = repair.forget, repair.retain, repair.affected
+    rows = [(part.uint8().copy(), part.labels.copy()) for part in parts]
     before = {name: value.clone() for name, value in repair.model.state_dict().items()}
     done = unlearner.unlearn(repair, trained[0])
     after = repair.model.state_dict()
@@ -66,6 +71,9 @@ def test_leaves_the_suspect_model_alone(unlearner: Unlearner, trained, repair: R
     assert all(value.isfinite().all() for value in new.values())
     assert not done.model.training
     assert all(parameter.requires_grad for parameter in repair.model.parameters())
+    for part, (pixels, labels) in zip(parts, rows, strict=True):
+        np.testing.assert_array_equal(part.uint8(), pixels)
+        np.testing.assert_array_equal(part.labels, labels)
 
 
 def test_repeats_itself(unlearner: Unlearner, trained, repair: Repair) -> None:
@@ -74,9 +82,36 @@ def test_repeats_itself(unlearner: Unlearner, trained, repair: Repair) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_keeps_to_its_declared_budget(unlearner: Unlearner, trained, repair: Repair) -> None:
+@pytest.fixture
+def differentiated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that gradients are taken of, noted as they are taken."""
+    counts: list[int] = []
+    step = Stepper.step
+
+    def noted(self, phase, batch, rows, rate):
+        counts.append(len(batch))
+        return step(self, phase, batch, rows, rate)
+
+    def counting(importance):
+        def counted(model, images, *args, **options):
+            counts.append(len(images))
+            return importance(model, images, *args, **options)
+
+        return counted
+
+    monkeypatch.setattr(Stepper, "step", noted)
+    for module in (ssd, potion):
+        monkeypatch.setattr(module, "batch_importance", counting(batch_importance))
+    monkeypatch.setattr(ssd, "sample_importance", counting(sample_importance))
+    return counts
+
+
+def test_keeps_to_its_declared_budget(
+    unlearner: Unlearner, trained, repair: Repair, differentiated: list[int]
+) -> None:
     trainer = trained[0]
     done = unlearner.unlearn(repair, trainer)
+    assert sum(differentiated) == done.gradient_samples
     forget, retain = len(repair.forget), len(repair.retain)
     declared = unlearner.max_gradient_samples(forget, retain, trainer.recipe)
     assert 0 < done.gradient_samples <= declared
@@ -158,6 +193,25 @@ def test_ssd_chooses_what_mends_the_affected_inputs(trained, repair: Repair) -> 
     assert (margins(done.model, repair.affected) < 0).all()
 
 
+def test_ssd_keeps_the_setting_that_keeps_most_right(trained, repair: Repair) -> None:
+    """Of two that mend the affected inputs the one counts that knows the held-out rows."""
+    method, spared = SelectiveSynapticDampening(), repair.retain
+
+    class Constant(nn.Module):
+        def __init__(self, label: int) -> None:
+            super().__init__()
+            self.said = nn.Parameter(F.one_hot(torch.tensor(label), 4).float())
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.said.expand(len(images), 4)
+
+    held = spared.where(spared.labels == 1)
+    right, wrong, blind = (Constant(label) for label in (1, 2, 3))  # affected are taken for a 3
+    ranks = [method._judge(model, repair.affected, held) for model in (right, wrong, blind)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert [mended for mended, _ in ranks] == [True, True, False]
+
+
 def test_divergence_is_zero_for_equal_answers_and_scales_with_temperature() -> None:
     logits = torch.randn(5, 4)
     assert float(divergence(logits, logits, 4.0)) == pytest.approx(0, abs=1e-6)
@@ -183,6 +237,21 @@ def test_scrub_weighs_cross_entropy_and_divergence(trained, split: Split, wrong,
     expected = wrong * F.cross_entropy(said, images.targets(rows))
     expected = expected + apart * divergence(said, wanted, 4.0)
     torch.testing.assert_close(loss, expected)
+
+
+def test_scrub_ascends_before_it_descends(trained, repair: Repair) -> None:
+    steps: list[str] = []
+    step = Stepper.step
+
+    def noted(self, phase, batch, rows, rate):
+        up = phase.images is repair.forget
+        steps.append("up" if up else "down")
+        return step(self, phase, batch, rows, rate)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stepper, "step", noted)
+        Scrub().unlearn(repair, trained[0])
+    assert [kind for kind, _ in itertools.groupby(steps)] == ["up", "down", "up", "down"]
 
 
 def test_the_benchmarks_scrub_takes_turns_until_its_ascent_is_done() -> None:
@@ -234,7 +303,7 @@ def test_bad_teacher_imitates_chance_on_flagged_rows_alone(trained, repair: Repa
     wanted = fresh(repair.forget.images()).softmax(1)
     before = (repair.model(repair.forget.images()).softmax(1) - wanted).abs().mean()
     after = (done(repair.forget.images()).softmax(1) - wanted).abs().mean()
-    assert float(after) < 0.2 * float(before)
+    assert after < 0.2 * before
     assert (predict(done, repair.retain) == repair.retain.labels).mean() > 0.9
 
 
@@ -252,6 +321,34 @@ def test_potion_stops_at_the_first_share_that_forgets(trained, repair: Repair) -
     assert kept(further) == 0
     assert kept(done) <= 0.5 * kept(repair.model)
     assert changed(done) <= changed(further)
+
+
+def test_potion_is_the_published_rule(trained, repair: Repair) -> None:
+    """Importance is the absolute slope of the logits' length; the share grows by a tenth."""
+    model, seen = repair.model, []
+    repair = replace(repair, forget=repair.forget.where(np.arange(40) < 32))
+
+    def noted(model, ours, rest, alpha, strength):
+        seen.append((ours, rest, alpha, strength))
+        return dampened(model, ours, rest, alpha, strength)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(potion, "dampened", noted)
+        Potion(batch_size=32, forget_accuracy=0.0).unlearn(repair, trained[0])
+    ours, rest, _, strength = seen[0]
+    assert strength == 1
+    length = model(repair.forget.images()).norm(dim=1).mean()
+    slopes = torch.autograd.grad(length, list(model.parameters()))
+    for name, slope in zip(ours, slopes, strict=True):
+        torch.testing.assert_close(ours[name], slope.abs(), rtol=1e-4, atol=1e-6)
+    ratios = torch.cat([(ours[name] / rest[name]).flatten() for name in ours])
+    ratios = ratios[ratios.isfinite()].sort(descending=True).values
+    share = len(repair.forget) / (25 * (len(repair.forget) + len(repair.retain)))
+    wanted = [np.log(1 + 100 * share * 1.1**number) / 100 for number in range(len(seen))]
+    assert [alpha for *_, alpha, _ in seen] == [
+        float(ratios[int(len(ratios) * off)]) for off in wanted
+    ]
+    assert len(seen) > 1
 
 
 def test_methods_that_use_the_forget_set_lower_its_labels(
