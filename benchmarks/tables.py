@@ -36,7 +36,9 @@ from defense.artifacts import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"
-COMMAND = "in pipelines/paper: python -m pipelines <stage> --cell <cell>; python -m benchmarks.tables"
+COMMAND = (
+    "in pipelines/paper: python -m pipelines <stage> --cell <cell>; python -m benchmarks.tables"
+)
 RESTRICTED = {"delta_restricted", "normalised"}  # detectors whose own rule is the restricted one
 NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
     "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
