@@ -8,15 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.paper_cells import HOME, Cells, of_others, values
+from benchmarks.paper_names import ATTACKS, NONE, SINGLE
 from defense.storage import load_scores, load_truth
 
 Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
 
 POISON, CLEAN = "#b3261e", "#5f6b7a"
-ATTACKS = ("badnets", "smooth", "witches_brew")
-DETECTORS = ("spectral_paper", "activation_clustering", "frequency", "poison_forensics", "ekfac",
-             "delta_influence", "delta_restricted", "normalised")  # fmt: skip
-UNLEARNERS = ("eu", "cf_full", "cf", "ssd", "scrub", "scrub_paper", "badt", "badt_long", "potion")
+DETECTORS = ("spectral_paper", "spectral_tran", "activation_clustering", "frequency",
+             "frequency_suspect", "poison_forensics", "ekfac", "ekfac_zero", "delta_influence",
+             "delta_restricted", "normalised")  # fmt: skip
+UNLEARNERS = ("eu", "cf_full", "cf", "cf_last", "ssd", "ssd_sample", "scrub", "scrub_cmu",
+              "scrub_paper", "badt", "badt_long", "potion")  # fmt: skip
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},
     "figure4": {name: ("normalised", name) for name in UNLEARNERS},
@@ -56,20 +58,23 @@ def _bars(cells: Cells, world: str, bars: Bars) -> Figure | None:
     if not drawn:
         return None
     bars = {name: way for name, way in bars.items() if any(name in ways for _, ways in drawn)}
-    figure = Figure(figsize=(3.6 * max(2, len(drawn)), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * max(2, len(drawn)), 4.4), layout="constrained")
     for column, (attack, ways) in enumerate(drawn):
         axes = figure.add_subplot(1, len(drawn), column + 1)
         for place, name in enumerate(bars):
             for offset, key, colour in ((-0.2, "psr", POISON), (0.2, "accuracy", CLEAN)):
                 seeds = values(cells, world, attack, "repairs", ways.get(name, ""), key)
-                _bar(axes, place + offset, [value for _, value in seeds], colour)
+                spread = (attack, key) != (SINGLE, "psr")  # of one image there are counts alone
+                _bar(axes, place + offset, [v for _, v in seeds], colour, spread=spread)
         names = [
             f"{name} †" if of_others(cells, world, attack, "repairs", ways.get(name, "")) else name
             for name in bars
         ]
         axes.axhline(0.05, color="black", lw=0.8, ls=":")
         axes.set_xticks(range(len(bars)), names, rotation=60, ha="right", fontsize=8)
-        axes.set(title=f"{world}, {attack}", ylim=(0, 1.05))
+        axes.set(title=f"{world}, {ATTACKS[attack]}", ylim=(0, 1.12))
+        axes.set_xlim(-0.6, len(bars) - 0.4)
+        axes.set_ylabel("share of images, mean over seeds" if column == 0 else "")
     figure.suptitle(
         "poison success (red) and clean accuracy (grey) afterwards; † of other models", fontsize=10
     )
@@ -86,11 +91,19 @@ def _ways(cells: Cells, world: str, attack: str, bars: Bars) -> dict[str, str]:
     }
 
 
-def _bar(axes: Axes, place: float, found: list[float], colour: str) -> None:
-    if found:
-        mean, error = statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
-        inside = [[min(error, mean)], [min(error, 1 - mean)]]
-        axes.bar(place, mean, 0.38, yerr=inside, capsize=2, color=colour)
+def _bar(axes: Axes, place: float, found: list[float], colour: str, *, spread: bool) -> None:
+    """Draw a mean with its value in per cent; a dash where nothing has run."""
+    if not found:
+        axes.text(place, 0.02, NONE, ha="center", fontsize=7)
+        return
+    mean, several = statistics.fmean(found), spread and len(found) > 1
+    error = statistics.stdev(found) if several else 0.0
+    low, high = min(error, mean), min(error, 1 - mean)
+    axes.bar(place, mean, 0.38, color=colour)
+    if several:
+        axes.errorbar(place, mean, yerr=[[low], [high]], capsize=2, color="black", lw=1)
+    top, text = mean + (high if several else 0.0) + 0.015, f"{100 * mean:.0f}"
+    axes.text(place, top, text, ha="center", fontsize=6, rotation=90)
 
 
 def _collapse(world: str) -> Figure | None:

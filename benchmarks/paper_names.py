@@ -1,6 +1,8 @@
 """Names of what ``pipelines/paper`` runs, and the figures that the paper gives for it."""
 
 FIRST_TABLE = {"cifar10": "Table 1, Figure 3", "imagenette": "Figure 6"}
+SINGLE = "witches_brew"  # the attack on one image, which succeeds or does not
+NONE = "–"  # has not run
 ATTACKS = {"badnets": "BadNet", "smooth": "smooth trigger", "witches_brew": "Witches' Brew"}
 DETECTORS = {
     "spectral_paper": "Spectral Signatures (`paper`)",

@@ -28,8 +28,10 @@ from benchmarks.paper_names import (
     COUNTERFACTUALS,
     DETECTORS,
     FIRST_TABLE,
+    NONE,
     PUBLISHED,
     SEVERAL,
+    SINGLE,
     UNLEARNERS,
 )
 from defense.artifacts import write_json, write_text
@@ -49,8 +51,6 @@ PSR_BOUND = 0.05
 PAPER = "paper: precision / TPR; PSR / accuracy after EU"
 BOTH = "PSR < 5 %, 90 % of EU's accuracy"
 COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must keep
-NONE = "–"
-SINGLE = "witches_brew"  # the attack on one image, which succeeds or does not
 OTHER = " †"
 NOTE = (
     "† of other models of these seeds than the figures without it (see above); "
