@@ -14,9 +14,10 @@ from defense.storage import load_scores, load_truth
 Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
 
 POISON, CLEAN = "#b3261e", "#5f6b7a"
-DETECTORS = ("spectral_paper", "spectral_tran", "activation_clustering", "frequency",
-             "frequency_suspect", "poison_forensics", "ekfac", "ekfac_zero", "delta_influence",
-             "delta_restricted", "normalised")  # fmt: skip
+DETECTORS = ("spectral_paper", "spectral_tran", "spectral_tran_restricted",
+             "activation_clustering", "activation_clustering_restricted", "frequency",
+             "frequency_restricted", "frequency_suspect", "poison_forensics", "ekfac",
+             "ekfac_zero", "delta_influence", "delta_restricted", "normalised")  # fmt: skip
 UNLEARNERS = ("eu", "cf_full", "cf", "cf_last", "ssd", "ssd_sample", "scrub", "scrub_cmu",
               "scrub_paper", "badt", "badt_long", "potion")  # fmt: skip
 BARS: dict[str, Bars] = {

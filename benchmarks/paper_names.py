@@ -7,8 +7,11 @@ ATTACKS = {"badnets": "BadNet", "smooth": "smooth trigger", "witches_brew": "Wit
 DETECTORS = {
     "spectral_paper": "Spectral Signatures (`paper`)",
     "spectral_tran": "Spectral Signatures (`tran`)",
+    "spectral_tran_restricted": "Spectral Signatures (`tran`), rows labelled as predicted",
     "activation_clustering": "Activation Clustering",
+    "activation_clustering_restricted": "Activation Clustering, rows labelled as predicted",
     "frequency": "frequency detector",
+    "frequency_restricted": "frequency detector, rows labelled as predicted",
     "frequency_suspect": "frequency detector, learning from suspect rows",
     "poison_forensics": "Poison Forensics",
     "ekfac": "EK-FAC, largest 27 %",
@@ -62,6 +65,8 @@ PUBLISHED = {
         "frequency": "8.0 / 72.3",
         "ekfac": "2.8 / 67.1",
         "delta_influence": "17.6 / 99.1",
+        "delta_image": "13.9 / 61.6 (released run)",
+        "delta_label": "3.2 / 100 (released run)",
     },
     ("cifar10", "smooth"): {
         "spectral_paper": "1.3 / 88.3",

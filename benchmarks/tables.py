@@ -41,12 +41,6 @@ PAGE = ROOT / "docs" / "paper.md"
 COMMAND = (
     "in pipelines/paper: python -m pipelines <stage> --cell <cell>; python -m benchmarks.tables"
 )
-RESTRICTED = {"delta_restricted", "normalised"}  # detectors whose own rule is the restricted one
-NEEDS = dict.fromkeys(DETECTORS | ABLATIONS | SEVERAL, ("factors", "influence")) | {
-    "normalised": ("factors", "directions"), "spectral_paper": (), "spectral_tran": (),
-    "activation_clustering": (), "frequency": (), "frequency_suspect": (),
-    "poison_forensics": (),
-}  # stages that work for a detector alone  # fmt: skip
 PSR_BOUND = 0.05
 PAPER = "paper: precision / TPR; PSR / accuracy after EU"
 BOTH = "PSR < 5 %, 90 % of EU's accuracy"
@@ -116,7 +110,8 @@ def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
         for rows in ("all", "predicted_label")
         for key in ("tpr", "precision", "average_precision")
     ]
-    return [NONE] * 3 + figures[3:] if detector in RESTRICTED else figures
+    own = detector == "normalised" or detector.endswith("_restricted")  # its rule is that one
+    return [NONE] * 3 + figures[3:] if own else figures
 
 
 def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str) -> list[str]:
@@ -135,13 +130,20 @@ def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str)
     return [rate(attack, psr) + lost, spread(accuracy) + lost]
 
 
+def _needs(detector: str) -> tuple[str, ...]:
+    """Name the stages that work for a detector alone."""
+    if detector == "normalised":
+        return "factors", "directions"
+    return ("factors", "influence") if detector.startswith(("ekfac", "delta")) else ()
+
+
 def _cost(cells: Cells, world: str, attack: str, detector: str) -> str:
     """CPU seconds of a detector, with the stages that work for it."""
     timed = ("detectors", detector, "cpu_seconds")
     own = values(cells, world, attack, *timed)
     shared = [
         dict(values(cells, world, attack, "cpu_seconds", stage, of=timed))
-        for stage in NEEDS[detector]
+        for stage in _needs(detector)
     ]
     return spread(
         ((seed, value + sum(part[seed] for part in shared)) for seed, value in own

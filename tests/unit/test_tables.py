@@ -217,3 +217,24 @@ def test_models_of_an_earlier_detector_have_rows_of_their_own() -> None:
 
 def test_a_page_of_nothing_has_no_tables() -> None:
     assert detection_page.page({}) == ""
+
+
+def shown(path: Path) -> str:
+    """Read the tables of a page."""
+    text = path.read_text(encoding="utf-8")
+    return text.split("<!-- tables -->\n")[1].split("<!-- end of tables -->")[0].strip()
+
+
+def test_the_pages_show_what_is_on_record() -> None:
+    docs, results = tables.ROOT / "docs", tables.ROOT / "benchmarks" / "results"
+    cells = json.loads((results / "paper.json").read_text())["cells"]
+    assert shown(docs / "paper.md") == tables.page(cells).strip()
+    models = json.loads((results / "detection.json").read_text())["models"]
+    assert shown(docs / "detection.md") == detection_page.page(models).strip()
+
+
+def test_what_is_on_record_was_made_under_the_parameters_of_today(tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(tables.ROOT / "pipelines" / "paper" / name, tmp_path)
+    kept = tables.ROOT / "benchmarks" / "results" / "paper.json"
+    assert paper_cells.gather(tmp_path, kept) == json.loads(kept.read_text())["cells"]
