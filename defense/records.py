@@ -4,7 +4,7 @@ Row number is identity: a set of rows is a boolean mask over the train split, ne
 indices, so a mask made for another split is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -327,7 +327,14 @@ class Flags:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and what it cost: the number of per-sample gradients its training took."""
+    """A model, and how it was made.
+
+    Attributes:
+        model: The model.
+        gradient_samples: Per-sample gradients that it took.
+        chosen: Settings that the method chose by itself, by name.
+    """
 
     model: nn.Module
     gradient_samples: int
+    chosen: dict[str, float] = field(default_factory=dict)

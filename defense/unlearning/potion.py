@@ -70,8 +70,8 @@ class Potion(Unlearner):
             share *= GROWTH
         else:
             logger.warning("potion: the flagged labels are not forgotten after %d tries", MAX_TRIES)
-        logger.info("potion: the %.3g %% of the weights with ratios above %.3g", off, alpha)
-        return Trained(changed, len(forget) + len(retain))
+        chosen = {"alpha": alpha, "weights": off / 100}
+        return Trained(changed, len(forget) + len(retain), chosen)
 
 
 def _length(logits: Tensor, labels: Tensor) -> Tensor:

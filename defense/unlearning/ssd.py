@@ -1,6 +1,5 @@
 """SSD: selective synaptic dampening (Foster et al. 2024; method card 4)."""
 
-import logging
 from typing import Literal
 
 import numpy as np
@@ -20,8 +19,6 @@ from defense.unlearning.dampening import (
     sample_importance,
 )
 from defense.unlearning.parts import join, part, shuffled
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.1  # share of the retain set that chooses the setting
 
@@ -74,8 +71,9 @@ class SelectiveSynapticDampening(Unlearner):
         asked = known.where(np.arange(len(known)) < (self.affected or len(known)))
         scores = [self._judge(candidate, asked, held) for *_, candidate in candidates]
         best = max(range(len(scores)), key=scores.__getitem__)
-        logger.info("ssd: alpha %g, strength %g", *candidates[best][:2])
-        return Trained(candidates[best][2], len(forget) + len(every_row))
+        alpha, strength, changed = candidates[best]
+        chosen = {"alpha": alpha, "strength": strength}
+        return Trained(changed, len(forget) + len(every_row), chosen)
 
     def _importance(self, model: nn.Module, images: ImageSet, label: str) -> Importance:
         label = f"importance, {label}"

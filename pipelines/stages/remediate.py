@@ -40,6 +40,7 @@ def run(params: Params, paths: Paths) -> str:
         "affected": affected_manifest.digest,
     }
     save_model(paths.remediated, done.model, meta=cost, inputs=origin)
-    write_json(paths.metrics("remediate"), cost | {"max_gradient_samples": declared})
+    chosen = {"chosen": done.chosen} if done.chosen else {}
+    write_json(paths.metrics("remediate"), cost | {"max_gradient_samples": declared} | chosen)
     name, spent = params.unlearner.name, done.gradient_samples
     return f"{name} spent {spent:,} per-sample gradients of the {declared:,} it may take"

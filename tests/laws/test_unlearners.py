@@ -191,6 +191,7 @@ def test_ssd_chooses_what_mends_the_affected_inputs(trained, repair: Repair) -> 
     unlearner = SelectiveSynapticDampening(alphas=(1.1, 1e9), strengths=(0.01,))
     done = unlearner.unlearn(repair, trained[0])
     assert (margins(done.model, repair.affected) < 0).all()
+    assert done.chosen == {"alpha": 1.1, "strength": 0.01}
 
 
 def test_ssd_keeps_the_setting_that_keeps_most_right(trained, repair: Repair) -> None:
@@ -334,7 +335,7 @@ def test_potion_is_the_published_rule(trained, repair: Repair) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(potion, "dampened", noted)
-        Potion(batch_size=32, forget_accuracy=0.0).unlearn(repair, trained[0])
+        done = Potion(batch_size=32, forget_accuracy=0.0).unlearn(repair, trained[0])
     ours, rest, _, strength = seen[0]
     assert strength == 1
     length = model(repair.forget.images()).norm(dim=1).mean()
