@@ -345,10 +345,10 @@ def test_potion_is_the_published_rule(trained, repair: Repair) -> None:
     ratios = torch.cat([(ours[name] / rest[name]).flatten() for name in ours])
     ratios = ratios[ratios.isfinite()].sort(descending=True).values
     share = len(repair.forget) / (25 * (len(repair.forget) + len(repair.retain)))
-    wanted = [np.log(1 + 100 * share * 1.1**number) / 100 for number in range(len(seen))]
-    assert [alpha for *_, alpha, _ in seen] == [
-        float(ratios[int(len(ratios) * off)]) for off in wanted
-    ]
+    off = [np.log(1 + 100 * share * 1.1**number) / 100 for number in range(len(seen))]
+    wanted = [float(ratios[int(len(ratios) * part)]) for part in off]
+    assert [alpha for *_, alpha, _ in seen] == wanted
+    assert done.chosen == {"alpha": wanted[-1], "weights": pytest.approx(off[-1])}
     assert len(seen) > 1
 
 
