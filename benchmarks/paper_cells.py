@@ -201,7 +201,7 @@ def _read(path: Path) -> Any:
 
 
 def of_attack(cells: Cells, world: str, attack: str) -> dict[str, list[Record]]:
-    """Select the records of one attack by seed, of every suspect, those with most of them first."""
+    """Select the records of one attack by seed, of every suspect, those most repaired first."""
     return {
         name.split("/")[1]: sorted(suspects.values(), key=_length, reverse=True)
         for name, suspects in sorted(cells.items())
@@ -209,12 +209,12 @@ def of_attack(cells: Cells, world: str, attack: str) -> dict[str, list[Record]]:
     }
 
 
-def _length(cell: Record) -> int:
-    return sum(len(cell[part]) for part in PARTS)
+def _length(cell: Record) -> tuple[int, int]:
+    return len(cell["repairs"]), len(cell["detectors"])
 
 
 def chosen(cells: Cells, world: str, attack: str, *keys: str) -> dict[str, Record]:
-    """Choose for every seed the suspect with most records that has a figure.
+    """Choose for every seed the suspect with most repairs that has a figure.
 
     Models on which the attack fails altogether are left out: there is nothing to trace or remove.
     """
@@ -244,11 +244,23 @@ def values(
             yield seed, float(value)
 
 
-def of_others(cells: Cells, world: str, attack: str, *keys: str) -> bool:
-    """Tell whether a figure is of other models than those that most figures are of."""
+def of_others(
+    cells: Cells, world: str, attack: str, *keys: str, than: tuple[str, ...] = ()
+) -> bool:
+    """Tell whether a figure is of other models than another one.
+
+    Args:
+        cells: All records.
+        world: Data set.
+        attack: Attack.
+        keys: Where the figure is.
+        than: Where the other one is; if empty, it is of those models that most figures are of.
+    """
     first = {seed: suspects[0] for seed, suspects in of_attack(cells, world, attack).items()}
+    if than:
+        first = chosen(cells, world, attack, *than)
     used = chosen(cells, world, attack, *keys)
-    return any(model is not first[seed] for seed, model in used.items())
+    return any(model is not first.get(seed) for seed, model in used.items())
 
 
 def _look(cell: Record, keys: tuple[str, ...]) -> Any:

@@ -47,8 +47,8 @@ BOTH = "PSR < 5 %, 90 % of EU's accuracy"
 COLLAPSE = 0.9  # share of EU's accuracy on the true poison that a repair must keep
 OTHER = " †"
 NOTE = (
-    "† of other models of these seeds than the figures without it (see above); "
-    "what accuracy EU has on the true poison is then of those"
+    "† of other models of these seeds than the figures without it (see above); beside an "
+    "unlearner: than those of the row `before`"
 )
 
 Row = Sequence[str]
@@ -114,8 +114,10 @@ def _quality(cells: Cells, world: str, attack: str, detector: str) -> list[str]:
     return [NONE] * 3 + figures[3:] if own else figures
 
 
-def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str) -> list[str]:
-    """PSR and accuracy after a repair, of the models that the detector's own figures are of.
+def _after(
+    cells: Cells, world: str, attack: str, detector: str, unlearner: str, of: tuple[str, str]
+) -> list[str]:
+    """PSR and accuracy after a repair, of the models that another figure is of.
 
     If every row was flagged, nothing is left to repair.
     """
@@ -125,7 +127,7 @@ def _after(cells: Cells, world: str, attack: str, detector: str, unlearner: str)
     lost = f"; nothing left on {emptied:.0f}" if emptied else ""
     repair = ("repairs", f"{detector}/{unlearner}")
     psr, accuracy = (
-        values(cells, world, attack, *repair, key, of=own) for key in ("psr", "accuracy")
+        values(cells, world, attack, *repair, key, of=of) for key in ("psr", "accuracy")
     )
     return [rate(attack, psr) + lost, spread(accuracy) + lost]
 
@@ -160,9 +162,9 @@ def _base(cells: Cells, world: str, attack: str) -> list[str]:
     return row + [NONE] * 4
 
 
-def _mark(cells: Cells, world: str, attack: str, *keys: str) -> str:
-    """Mark figures of other models than those that most figures are of."""
-    return OTHER if of_others(cells, world, attack, *keys) else ""
+def _mark(cells: Cells, world: str, attack: str, *keys: str, than: tuple[str, ...] = ()) -> str:
+    """Mark figures of other models than another one, or than most figures are of."""
+    return OTHER if of_others(cells, world, attack, *keys, than=than) else ""
 
 
 def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> str:
@@ -180,7 +182,7 @@ def detection(cells: Cells, world: str, title: str, names: dict[str, str]) -> st
                     attack_name,
                     name + _mark(cells, world, attack, "detectors", detector),
                     *_quality(cells, world, attack, detector),
-                    *_after(cells, world, attack, detector, "eu"),
+                    *_after(cells, world, attack, detector, "eu", ("detectors", detector)),
                     _cost(cells, world, attack, detector),
                     published.get(detector, NONE),
                 ]
@@ -195,16 +197,16 @@ def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
             "gradient samples / 1,000", "seconds"]  # fmt: skip
     rows = []
     for attack, attack_name in ATTACKS.items():
-        own = ("detectors", detector)
+        own = ("repairs", f"{detector}/eu")
         ran = [
             [
                 attack_name,
-                name,
-                *_after(cells, world, attack, detector, unlearner),
-                rate(attack, values(cells, world, attack, *key, "robust_accuracy", of=own)),
+                name + _mark(cells, world, attack, *key, than=own),
+                *_after(cells, world, attack, detector, unlearner, key),
+                rate(attack, values(cells, world, attack, *key, "robust_accuracy")),
                 _successes(cells, world, attack, *key),
-                spread(values(cells, world, attack, *key, "gradient_samples", of=own), 1e-3),
-                spread(values(cells, world, attack, *key, "seconds", of=own), 1.0),
+                spread(values(cells, world, attack, *key, "gradient_samples"), 1e-3),
+                spread(values(cells, world, attack, *key, "seconds"), 1.0),
             ]
             for unlearner, name in UNLEARNERS.items()
             for key in [("repairs", f"{detector}/{unlearner}")]
@@ -226,10 +228,7 @@ def unlearning(cells: Cells, world: str, detector: str, title: str) -> str:
 def _successes(cells: Cells, world: str, attack: str, *key: str) -> str:
     """Count the seeds on which the poison is gone and the model has not collapsed."""
     best = dict(values(cells, world, attack, "repairs", "truth/eu", "accuracy"))
-    own = ("detectors", key[-1].split("/")[0])
-    accuracy, psr = (
-        dict(values(cells, world, attack, *key, part, of=own)) for part in ("accuracy", "psr")
-    )
+    accuracy, psr = (dict(values(cells, world, attack, *key, part)) for part in ("accuracy", "psr"))
     good = [
         psr[seed] < PSR_BOUND and accuracy[seed] >= COLLAPSE * best[seed]
         for seed in accuracy.keys() & best
@@ -243,11 +242,12 @@ def scrub(cells: Cells, world: str) -> str:
     rows = [
         [
             attack_name,
-            name + _mark(cells, world, attack, "detectors", detector),
-            *_after(cells, world, attack, detector, "scrub_paper"),
+            name + _mark(cells, world, attack, *key),
+            *_after(cells, world, attack, detector, "scrub_paper", key),
         ]
         for attack, attack_name in ATTACKS.items()
         for detector, name in DETECTORS.items()
+        for key in [("repairs", f"{detector}/scrub_paper")]
     ]
     return table(f"Figure 5: SCRUB on every detector's flags, {world}", head, rows)
 
