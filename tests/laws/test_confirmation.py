@@ -1,6 +1,7 @@
 """Confirmation: the wrong prediction dies with planted rows, and not with others."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from defense.contracts import Trainer
 from defense.datasets.digits import Digits
 from defense.evidence import Confirmation
 from defense.models.small_cnn import SmallCnn
+from defense.phases import Phase
 from defense.prediction import predict
 from defense.recipe import Recipe
-from defense.records import Flags, ImageSet, Mask
+from defense.records import Flags, ImageSet, Mask, Trained
 from defense.victim import make_trainer
 
 SETTINGS = ConfirmSettings(points=3)
@@ -91,3 +93,44 @@ def test_the_cut_is_where_it_dies_for_good(flagged: tuple[float, ...], cut: int 
     assert Confirmation(0.4, points).cut is None  # dead before
     others = tuple((rows, own, 0.1) for rows, own, _ in points)
     assert Confirmation(1.0, others).cut is None  # as with other rows
+
+
+def test_the_most_suspicious_rows_are_unlearnt_first(drill) -> None:
+    model, train, planted, affected, trainer = drill
+    clean = np.flatnonzero((train.labels == affected.labels[0]) & ~planted)[:40]
+    suspicion = planted.astype(np.float32)
+    suspicion[clean] = 0.8
+    flags = replace(flags_of(train, planted, affected.labels[0]), suspicion=suspicion)
+    settings = ConfirmSettings(points=2)
+    first, last = confirm(model, train, flags, affected, trainer, settings).points
+    assert (first[0], last[0]) == (40, 80)
+    assert first[1] < 0.25
+
+
+def test_what_is_trained_on_and_how(drill) -> None:
+    """A few draws of more flagged rows than that, and other rows in random order."""
+    model, train, planted, affected, trainer = drill
+    phases, recipes = [], []
+
+    def tune(given: torch.nn.Module, parts: list[Phase], recipe: Recipe) -> Trained:
+        phases.extend(parts)
+        recipes.append(recipe)
+        return Trained(given, 0)
+
+    settings = ConfirmSettings(points=1, retain=100, forget=8, learning_rate=0.03)
+    flags = flags_of(train, planted, affected.labels[0])
+    confirm(model, train, flags, affected, replace(trainer, tune=tune), settings)
+    assert [len(phase.images) for phase in phases] == [100 + 40 + 40] * 2
+    own, others = (phase.images for phase in phases)
+    rest, alike, forgotten = np.split(own.ids, [100, 140])
+    assert {*forgotten} == {*train.ids[planted]}
+    assert not {*rest, *alike} & {*forgotten}
+    assert {*own.labels[100:140]} == {*train.labels[planted]}
+    assert {*rest} != {*train.ids[~planted][:100]}
+    assert {*others.labels[140:]} == {affected.labels[0]}
+    assert not {*others.ids[140:]} & {*train.ids[planted]}
+    assert {(recipe.learning_rate, recipe.schedule) for recipe in recipes} == {(0.03, "constant")}
+    settings = ConfirmSettings(points=1, retain=100, forget=90)
+    phases.clear()
+    confirm(model, train, flags, affected, replace(trainer, tune=tune), settings)
+    assert len(phases[0].images) == 100 + 90 + 90

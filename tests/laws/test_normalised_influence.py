@@ -6,11 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import false_discovery_control
+from scipy.stats import betabinom, false_discovery_control
 
 from defense.detectors.coherence import Block, Rows, halves
 from defense.detectors.controls import Controls, Finding, exceedance, local_rates
 from defense.detectors.normalised_influence import NormalisedInfluence, together
+from defense.detectors.search import Bench, Search
 from defense.errors import DataError
 from defense.evidence import Incident
 from defense.records import Case, Flags, ImageSet, Queries
@@ -305,10 +306,10 @@ def test_an_input_that_leads_to_no_rows_joins_one_incident_and_not_two() -> None
     assert together([weak, *strong, lost], controls) == [[0, 3, 4], [1, 2], [5]]
 
 
-def shared(axis: int, seed: int | None = None) -> np.ndarray:
-    """Rows, or an input, of one of two attacks that have much in common."""
-    rng = np.random.default_rng(seed)
-    vector = rng.normal(size=(40, WIDTH) if seed is None else WIDTH)
+def shared(axis: int, seed: int | None = None, count: int = 40) -> np.ndarray:
+    """Rows, or an input, of one of some attacks that have much in common."""
+    rng = np.random.default_rng(axis if seed is None else seed)
+    vector = rng.normal(size=(count, WIDTH) if seed is None else WIDTH)
     vector[..., axis] += 20
     vector[..., 2] += 15
     return unit(vector)
@@ -368,3 +369,220 @@ def test_a_label_without_rows_or_without_controls_is_refused(count: int) -> None
     others = case.controls.where(case.controls.labels != 1)
     with pytest.raises(DataError, match="20 or more clean inputs of class b, got 0"):
         detect(replace(case, controls=others))
+
+
+def cosines_of(groups: dict[tuple[int, int], float], sizes: tuple[int, ...]) -> np.ndarray:
+    """Cosines between groups of rows, NaN with themselves."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    table = np.zeros((len(sizes), len(sizes)), dtype=np.float32)
+    for (one, other), value in groups.items():
+        table[one, other] = table[other, one] = value
+    cosines = table[np.ix_(group, group)]
+    np.fill_diagonal(cosines, np.nan)
+    return cosines
+
+
+@pytest.mark.parametrize(
+    ("within", "other", "between", "one_cause"),
+    [
+        (0.5, 0.5, 0.21, True),
+        (0.5, 0.5, 0.19, False),
+        (0.8, 0.2, 0.17, True),  # of the geometric mean: 0.425, neither of the larger
+        (0.8, 0.2, 0.15, False),  # nor of the smaller one
+    ],
+)
+def test_two_fifths_of_a_direction_are_one_cause(
+    within: float, other: float, between: float, one_cause: bool
+) -> None:
+    parts = {(0, 0): within, (1, 1): other, (0, 1): between}
+    found = halves(cosines_of(parts, (20, 20)))
+    assert (found is None) == one_cause
+    assert found is None or len({*found[:20]}) == len({*found[20:]}) == 1
+
+
+def test_two_attacks_are_told_apart_by_what_and_not_by_how_much_they_share() -> None:
+    """Each has rows that share a lot and rows that share a little."""
+    parts = {(0, 0): 0.8, (0, 1): 0.16, (1, 1): 0.032, (2, 2): 0.8, (2, 3): 0.16, (3, 3): 0.032}
+    found = halves(cosines_of(parts, (20, 40, 20, 40)))
+    assert found is not None
+    np.testing.assert_array_equal(found if found[0] else ~found, np.arange(120) < 60)
+
+
+def test_rows_that_cohere_most_become_queries_more_than_once() -> None:
+    vectors = vectors_with(BLOCK)
+    rows = Rows(Vectors(vectors, {}), np.arange(SIZE))
+    start = (towards(0, 3, 3.0) @ vectors.T).astype(np.float32)
+    first, last = (rows.grow(start, seeds=16, rounds=rounds) for rounds in (1, 5))
+    assert not set(first.seeds) <= set(BLOCK)
+    assert set(last.seeds) <= set(BLOCK)
+
+
+def test_many_rows_give_the_same_cosines_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more rows than are kept in memory nothing is kept, and parts are computed in turn."""
+    vectors = vectors_with(BLOCK)[:300]
+    kept = np.arange(300) % 3 > 0
+    start = (towards(0, 3) @ vectors.T).astype(np.float32)
+    few = Rows(Vectors(vectors, {}), np.arange(300))
+    expected = few.grow(start, 16, 5), few.mean(), few.where(kept).grow(start[kept], 16, 5)
+    monkeypatch.setattr("defense.detectors.coherence.MEMORY", 0)
+    monkeypatch.setattr("defense.detectors.coherence.CHUNK", 7 * 300)
+    many = Rows(Vectors(vectors, {}), np.arange(300))
+    found = many.grow(start, 16, 5), many.mean(), many.where(kept).grow(start[kept], 16, 5)
+    assert many.all is None
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+    for one, other in ((found[0], expected[0]), (found[2], expected[2])):
+        np.testing.assert_array_equal(one.seeds, other.seeds)
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+
+
+def test_a_tail_is_taken_one_standard_error_heavier() -> None:
+    """Of a sample whose quantiles are those of an exponential distribution, of shape 0."""
+    null = -np.log(1 - (np.arange(1000) + 0.5) / 1000)
+    far = np.array([-np.log(1e-4)])
+    shape = 1 / 200**0.5
+    depth = (far[0] - np.log(5)) / (1 - shape)
+    assert exceedance(null, far)[0] == pytest.approx(
+        0.2 * (1 + shape * depth) ** (-1 / shape), rel=0.15
+    )
+    assert exceedance(null, far)[0] > 1.4e-4
+
+
+def test_a_row_must_cohere_a_third_as_much_as_the_queries() -> None:
+    rng = np.random.default_rng(0)
+    controls = Controls(rng.normal(0, 0.01, (400, 500)).astype(np.float32), 0.05)
+    scores = rng.normal(0, 0.003, 500).astype(np.float32)
+    scores[:40], scores[40:60], scores[60:100] = 0.9, 0.32, 0.28
+    found = controls.discoveries(Block(scores, scores, np.arange(16)))
+    np.testing.assert_array_equal(np.flatnonzero(found), np.arange(60))
+
+
+def test_inputs_that_lead_to_no_rows_are_of_one_incident_only_if_both_point_to_the_other() -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.normal(size=(400, 60)).astype(np.float32)
+    controls, rows = Controls(starts - np.median(starts, 0), 0.05), np.arange(60)
+
+    def lost(start: np.ndarray, seeds: np.ndarray) -> Finding:
+        block = Block(start.astype(np.float32), start.astype(np.float32), seeds)
+        return Finding(rows < 0, block, (0.0, 0.0, 0.0), 0.0, 0.0)
+
+    first, second = rows < 16, (rows >= 16) & (rows < 32)
+    one, other = lost(9.0 * first, rows[first]), lost(9.0 * second, rows[second])
+    both = lost(9.0 * (first | second), rows[second])
+    assert controls.are_of_one_incident(both, other)
+    assert not controls.are_of_one_incident(both, one)
+    assert not controls.are_of_one_incident(one, both)
+    weak = [lost(1.8 * (first | second), rows[part]) for part in (first, second)]
+    assert not controls.are_of_one_incident(*weak)  # clean inputs do as much
+
+
+def test_what_all_clean_inputs_cohere_with_is_no_evidence() -> None:
+    rng = np.random.default_rng(0)
+    usual = rng.normal(0, 3, 200).astype(np.float32)
+    controls = Controls(usual + rng.normal(size=(401, 200)).astype(np.float32), 0.05)
+    assert np.abs(controls.standardised(usual)).max() < 0.5
+    assert controls.standardised(usual + 5).mean() == pytest.approx(5, rel=0.1)
+
+
+def test_strength_adds_up_over_rows() -> None:
+    controls = Controls(np.random.default_rng(0).normal(size=(99, 40)).astype(np.float32), 0.05)
+    start, rows = 8 * np.ones(40, np.float32), np.arange(40)
+    few, many = (controls.strength(Block(start, start, rows), rows < count) for count in (20, 40))
+    assert many == pytest.approx(2 * few, rel=0.1)
+    against = np.where(rows < 20, start, -start)
+    assert controls.strength(Block(against, start, rows), rows < 40) == pytest.approx(few)
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "flags", "wider"),
+    [(100, 6.0, 20, "number"), (1000, 2.5, 400, "samples")],
+)
+def test_the_wider_of_two_intervals_of_false_flags_is_told(
+    count: int, least: float, flags: int, wider: str
+) -> None:
+    """Of few controls their number leaves more open than their tail, of many it may not."""
+    null = np.random.default_rng(0).normal(size=count).astype(np.float32)
+    controls = Controls(np.repeat(null[:, None], 1520, axis=1), 0.05)
+    scores = np.zeros(1520, np.float32)
+    scores[:flags] = np.linspace(least, least + 1, flags)
+    rows = Rows(Vectors(np.eye(1520, 8), {}), np.arange(1520))
+    found = controls.judge(rows, Block(scores, scores, np.arange(flags)), 0, one_cause=False)
+    flagged = found.block.scores[found.flagged]
+    mean, low, high = found.expected_false
+    clean = (~found.flagged).sum()
+    assert mean == pytest.approx(clean * exceedance(null, np.array([flagged.min()]))[0])
+    reached = (null >= flagged.min()).sum()
+    counted = betabinom(clean, reached + 0.5, count - reached + 0.5).ppf([0.025, 0.975])
+    assert low <= counted[0]
+    if wider == "number":
+        assert high == counted[1] > 10 * max(1, mean)
+    else:
+        assert high > 1.3 * counted[1]
+
+
+def test_a_thousand_controls_hold_six_false_flags_possible() -> None:
+    null = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    controls = Controls(np.repeat(null[:, None], 2020, axis=1), 0.05)
+    scores = np.r_[np.full(20, 20.0), np.zeros(2000)].astype(np.float32)
+    rows = Rows(Vectors(np.eye(2020, 8), {}), np.arange(2020))
+    found = controls.judge(rows, Block(scores, scores, np.arange(20)), 0, one_cause=False)
+    assert found.expected_false == (pytest.approx(0, abs=0.01), 0, 6)
+
+
+def test_false_flags_of_several_blocks_add_up() -> None:
+    both = [unit(towards(0, 3) + 0.8 * towards(1, 4))]
+    several = of_inputs(detect(case_of(vectors_with(BLOCK, OTHER), both, LABELS)))
+    one = of_inputs(detect(case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)))
+    assert several.expected_false[2] > 1.5 * one.expected_false[2]
+
+
+def test_the_p_value_counts_the_incident_and_two_hundred_controls() -> None:
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    incident = of_inputs(detect(replace(case, controls=make_images(1000, seed=8))))
+    assert incident.num_controls == 200
+    assert incident.p_value == pytest.approx(1 / 201)
+
+
+def test_a_control_that_is_replayed_is_not_compared_with_itself() -> None:
+    vectors = vectors_with(BLOCK)
+    clean = np.stack([towards(None if seed else 0, seed + 100) for seed in range(30)])
+    rows = Rows(Vectors(vectors, {}), np.arange(SIZE))
+    null = Controls((clean @ vectors.T).astype(np.float32), 0.05)
+    bench = Bench(NormalisedInfluence(), rows, null)
+    assert bench.strengths[0] > 5 * max(bench.strengths[1:])
+
+
+def test_too_few_clean_inputs_for_an_alarm_are_refused_and_other_classes_lend_theirs() -> None:
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    few, enough = (replace(case, controls=make_images(count, seed=8)) for count in (96, 100))
+    with pytest.raises(DataError, match="takes 99 clean inputs, got 96"):
+        detect(few)
+    incident = of_inputs(detect(enough))
+    assert (incident.num_controls, incident.p_value) == (100, pytest.approx(1 / 101))
+
+
+def test_several_other_attacks_on_one_class_are_left_out() -> None:
+    vectors = vectors_with()
+    parts = np.split(np.flatnonzero(LABELS == 1)[:138], [40, 120])
+    for axis, part in zip((0, 1, 3), parts, strict=True):
+        vectors[part] = shared(axis, None, len(part))
+    rows = Rows(Vectors(vectors, {}), np.flatnonzero(LABELS == 1))
+    clean = np.stack([towards(None, seed) for seed in range(100, 700)])
+    controls = Controls((clean @ vectors[rows.places].T).astype(np.float32), 0.05)
+    block = rows.grow((shared(0, 3) @ vectors[rows.places].T).astype(np.float32), 16, 5)
+    found = controls.judge(rows, block, 5)
+    np.testing.assert_array_equal(rows.places[found.flagged], parts[0])
+
+
+def test_an_incident_is_judged_by_the_mean_of_its_inputs(monkeypatch) -> None:
+    starts, sightings = [], Search.sightings
+
+    def spied(self: Search, label: int, start: np.ndarray):
+        starts.append(start)
+        return sightings(self, label, start)
+
+    monkeypatch.setattr(Search, "sightings", spied)
+    vectors, inputs = vectors_with(BLOCK), [towards(0, 3), towards(0, 5)]
+    flags = detect(case_of(vectors, inputs, LABELS), subpopulation=None)
+    assert of_inputs(flags).affected == (0, 1)
+    expected = np.mean(inputs, axis=0) @ vectors[LABELS == 1].T
+    np.testing.assert_allclose(starts[-1], expected, atol=1e-6)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from defense.detectors.search import CleanInputs
+from defense.detectors.subpopulation import Subpopulation
 from defense.evidence import Scan
+from defense.independent import Agreement
 from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings
 from defense.storage import load_scan, save_scan
@@ -231,3 +233,150 @@ def test_a_scan_reads_back(tmp_path: Path) -> None:
         for one, other in zip(back.blocks, scan.blocks, strict=True):
             np.testing.assert_array_equal(one.rows, other.rows)
             assert {**vars(one), "rows": 0} == {**vars(other), "rows": 0}
+
+
+def known_inputs(images: ImageSet, axis: int, wanted: np.ndarray, strength: float = 12.0) -> dict:
+    """Directions of some images, which have a part in common."""
+    return {
+        image.contiguous().numpy().tobytes(): towards(axis, 500 + number, strength)
+        for number, image in enumerate(images.images())
+        if wanted[number]
+    }
+
+
+def test_what_clean_inputs_have_too_is_no_place_to_look_at() -> None:
+    """Rows that cohere more than poison does, but so do some clean inputs."""
+    natural = np.flatnonzero(LABELS == 1)[100:160]
+    vectors = vectors_with(BLOCK)
+    vectors[natural] = vectors_with(BLOCK[:0], natural, strength=20.0)[natural]
+    images = make_images(800, seed=8)
+    known = known_inputs(images, 1, (images.labels == 1) & (np.arange(800) % 5 < 3), 20.0)
+    scan = scanner_of(vectors, known=known, attempts=1, subpopulation=None).rows(seed=0)
+    (block,) = scan.suspected
+    assert block.rows[BLOCK].mean() > 0.95
+
+
+def test_a_place_that_led_to_nothing_is_not_looked_at_again() -> None:
+    """A few rows are alike, more than any clean input is, but clean inputs are on the way there."""
+    alike = np.flatnonzero(LABELS == 1)[100:120]
+    vectors = vectors_with(BLOCK)
+    vectors[alike] = vectors_with(BLOCK[:0], alike, strength=60.0)[alike]
+    images = make_images(800, seed=8)
+    some = np.flatnonzero(images.labels == 1)[::5]
+    known = {}
+    for number, strength in zip(some, np.linspace(3, 14, len(some)), strict=True):
+        known |= known_inputs(images, 1, np.arange(800) == number, strength)
+    scan = scanner_of(vectors, known=known, attempts=1, subpopulation=None).rows(seed=0)
+    assert not scan.blocks
+    scan = scanner_of(vectors, known=known, attempts=2, subpopulation=None).rows(seed=0)
+    assert [block.rows[BLOCK].mean() > 0.95 for block in scan.blocks] == [True]
+
+
+def test_places_that_inputs_point_to_are_looked_at_first() -> None:
+    """The only row that is looked at besides is none of the block."""
+    inputs, few = make_images(60, seed=31), BLOCK[:18]
+    known = {inputs.images()[7].contiguous().numpy().tobytes(): towards(0, 5, 9.0)}
+    options = {"candidates": 1, "attempts": 1, "known": known, "subpopulation": None}
+    assert not scanner_of(vectors_with(few), **options).rows(seed=0).blocks
+    scan = scanner_of(vectors_with(few), **options).inputs(inputs, np.full(60, 1), seed=0)
+    assert [block.rows[few].mean() > 0.95 for block in scan.suspected] == [True]
+
+
+def test_all_inputs_that_a_block_dictates_are_listed() -> None:
+    inputs = make_images(60, seed=31)
+    known = known_inputs(inputs, 0, np.arange(60) < 30)
+    scan = scanner_of(vectors_with(BLOCK), known=known).inputs(inputs, np.full(60, 1), seed=0)
+    assert {*range(30)} <= {given.place for given in scan.inputs if given.dictated}
+
+
+def test_classes_of_inputs_that_are_not_looked_at_are_named() -> None:
+    inputs = make_images(60, seed=31)
+    scanner = scanner_of(vectors_with())
+    mixed = scanner.search.clean.mixed
+    scanner.search.clean.mixed = mixed.where(mixed.labels != 2)
+    assert scanner.inputs(inputs, np.arange(60) % 3, seed=0).unchecked == (2,)
+    scan = scanner_of(vectors_with(), num_controls=199).inputs(inputs, np.arange(60) % 3, seed=0)
+    assert (scan.in_part, scan.verdict) == ((0, 1, 2), "nothing suspected")
+
+
+def test_a_class_of_fewer_than_twenty_rows_is_not_looked_at() -> None:
+    for count, unchecked in ((19, (1,)), (20, ())):
+        labels = np.where((LABELS != 1) | (np.arange(SIZE) < 4 * count), LABELS, 0)
+        assert scanner_of(vectors_with(), labels=labels).rows(seed=0).unchecked == unchecked
+
+
+def test_a_class_that_is_a_block_as_a_whole_is_suspected_without_longer_training() -> None:
+    labels = np.where((LABELS != 1) | np.isin(np.arange(SIZE), BLOCK), LABELS, 0)
+    scanner = scanner_of(vectors_with(BLOCK), labels=labels)
+    (block,) = scanner.rows(seed=0).suspected
+    assert (block.rows.sum(), block.num_held_out) == (len(BLOCK), 0)
+    assert scanner.trained == [1]
+
+
+def test_nothing_is_repeated_of_a_class_with_half_of_an_even_share() -> None:
+    scanner = scanner_of(vectors_with(BLOCK))  # 360 of 1,860 rows are left of it
+    scanner.rows(seed=0)
+    assert len(scanner.seen) == len({*scanner.seen})
+
+
+def test_no_more_rows_are_learnt_from_than_asked_for() -> None:
+    scanner = scanner_of(vectors_with(BLOCK), max_rows=1000)
+    assert scanner.rows(seed=0).suspected
+    assert len(scanner.seen) == 1000
+
+
+def test_the_alarm_is_for_all_blocks_together() -> None:
+    """A quarter of the labels of one of two blocks is right."""
+    options = {"planted": BLOCK[:30], "subpopulation": None}
+    vectors = vectors_with(BLOCK, OTHER)
+    blocks = scanner_of(vectors, **options).rows(seed=0).blocks
+    (planted,) = [block for block in blocks if block.label == 1]
+    assert len(blocks) == 2
+    assert planted.suspected
+    assert 0 < planted.agreement < 0.5 * planted.usual_agreement
+    assert planted.said_share == pytest.approx(30 / 40, abs=0.1)
+    for factor, suspected in ((1.9, False), (2.1, True)):
+        scanner = scanner_of(vectors, alarm=factor * planted.p_value, **options)
+        (planted,) = [block for block in scanner.rows(seed=0).blocks if block.label == 1]
+        assert planted.suspected == suspected
+
+
+def agreement(own: tuple[int, int], usual: tuple[int, int], chance: float = 0.1) -> Agreement:
+    parts = (np.arange(total) < agreeing for agreeing, total in (own, usual))
+    return Agreement(*parts, chance)
+
+
+def test_a_model_knows_a_class_by_twice_as_much_as_chance_or_half_way() -> None:
+    assert not agreement((9, 20), (19, 100)).knows
+    assert agreement((9, 20), (20, 100)).knows
+    assert not agreement((9, 20), (74, 100), chance=0.5).knows  # of two classes
+    assert agreement((9, 20), (75, 100), chance=0.5).knows
+    assert agreement((20, 20), (19, 100)).contradicted(0.01)  # for it cannot vouch for them
+
+
+def test_labels_are_contradicted_by_few_enough_and_by_the_test() -> None:
+    assert agreement((3, 20), (50, 100)).contradicted(0.01)
+    assert not agreement((27, 100), (50, 100)).contradicted(0.01)  # more than half as many
+    assert agreement((27, 100), (50, 100)).p_value(27) < 0.001
+    assert not agreement((4, 16), (50, 100)).contradicted(0.01)  # this may be chance
+    assert agreement((4, 16), (50, 100)).telling(0.01)
+    assert agreement((4, 16), (50, 100)).contradicted(1e-9)  # nothing could tell
+    assert agreement((20, 20), (50, 100)).p_value(20) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("more", "lacking"), [(20, [True]), (80, [False, True])])
+def test_what_a_block_holds_little_of_is_told_besides_it(monkeypatch, more: int, lacking) -> None:
+    """Rows of a class have something in common, and those of a block are some of them."""
+    scanner = scanner_of(vectors_with(BLOCK), planted=BLOCK[:0])
+    bench, places = scanner.search.bench(1), np.flatnonzero(LABELS == 1)
+    rows = np.r_[BLOCK, places[40 : 40 + more]]
+    finding = bench.judge(bench.rows.between(np.array([0]))[0])
+    seen = Subpopulation(rows, np.full(SIZE, np.nan, np.float32), finding, bench.null)
+    nothing = replace(seen, rows=rows[:0])
+    monkeypatch.setattr(
+        "defense.scan.subpopulation", lambda _, label, __: seen if label == 1 else nothing
+    )
+    scan = scanner.rows(seed=0)
+    assert [block.lacking for block in scan.blocks] == lacking
+    assert [block.suspected for block in scan.blocks] == lacking
+    assert scan.blocks[-1].rows.sum() == pytest.approx(40 if more == 20 else 120, abs=2)

@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from defense.detectors.normalised_influence import NormalisedInfluence
+from defense.detectors.search import CleanInputs, Search
+from defense.detectors.subpopulation import subpopulation
 from defense.evidence import Incident
 from defense.records import Case, Flags
 from tests.laws.test_detectors import Vectors, unit
@@ -110,3 +114,53 @@ def test_a_scan_suspects_it_though_its_labels_are_right(strength: float) -> None
     assert block.lacking
     assert block.rows[rows].mean() > 0.5
     assert block.agreement == pytest.approx(block.usual_agreement, abs=0.2)
+
+
+def search_of(vectors: np.ndarray, common: float) -> Search:
+    """Rows and clean inputs of class 1 have a part in common; clean inputs of others are not asked.
+
+    Nothing but the class as a whole is looked at, so that no control is replayed.
+    """
+    last = common * np.eye(vectors.shape[1])[-1]
+    given = unit(vectors + (LABELS == 1)[:, None] * last)
+    case = case_of(given, [towards(None, 3)], LABELS)
+    known = {
+        image.contiguous().numpy().tobytes(): unit(towards(None, number) + last)
+        for number, image in enumerate(case.controls.images())
+    }
+    clean = CleanInputs(case.controls, torch.Generator().manual_seed(5))
+    return Search(NormalisedInfluence(), case.train, Vectors(given, known), clean)
+
+
+def test_what_clean_inputs_have_in_common_too_does_not_hide_it() -> None:
+    """Nor is one round enough: an eighth of the class, whose cosines with each other are 0.09."""
+    search = search_of(vectors_with(LARGE, strength=WEAK), 1.0)
+    found = subpopulation(search, 1, np.zeros(SIZE, bool))
+    assert found is not None
+    assert np.isin(LARGE, found.rows).mean() > 0.7
+    assert np.isin(found.rows, LARGE).mean() > 0.95
+
+
+def test_one_half_of_the_clean_inputs_is_the_origin_and_the_other_the_controls(monkeypatch) -> None:
+    origins, less = [], Vectors.less
+
+    def spied(self: Vectors, vectors: np.ndarray) -> Vectors:
+        origins.append(vectors)
+        return less(self, vectors)
+
+    monkeypatch.setattr(Vectors, "less", spied)
+    search = search_of(vectors_with(LARGE), 0.5)
+    found = subpopulation(search, 1, np.zeros(SIZE, bool))
+    (origin,) = origins
+    every = search.controls(1)
+    assert (len(every), len(origin), len(found.null)) == (200, 100, 100)
+    rows = search.directions.less(origin).take(np.flatnonzero(LABELS == 1))
+    rest = [vector for vector in every if not (vector == origin).all(1).any()]
+    np.testing.assert_allclose(found.null.starts, rows.towards(np.stack(rest)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "seen"), [(200, True), (199, False)])
+def test_a_class_of_fewer_than_two_hundred_rows_is_not_looked_at(count: int, seen: bool) -> None:
+    explained = np.cumsum(LABELS == 1) > count
+    found = subpopulation(search_of(vectors_with(LARGE), 0.5), 1, explained)
+    assert (found is not None) == seen

@@ -14,6 +14,7 @@ from torch import nn
 
 from defense.artifacts import sha256_file, write_json
 from defense.cli import main
+from defense.errors import EvidenceError
 from defense.gate import Policy, judge, verify, write_verdict
 from defense.lineage import digest, verify_lineage, write_lineage
 from defense.report import AuditReport, BlockQuality, Evidence, ModelQuality, Rate, read_report
@@ -301,3 +302,44 @@ def test_rate_is_wilson() -> None:
     assert rate.value == 0.01
     assert (round(rate.low, 4), round(rate.high, 4)) == (0.0018, 0.0545)
     assert Rate.of(0, 0).value is None
+
+
+@pytest.mark.parametrize(
+    ("check", "after", "policy"),
+    [
+        ("psr", {"psr": Rate.of(6, 100)}, {}),
+        ("accuracy_drop", {"clean_accuracy": Rate.of(92, 100)}, {}),
+        ("clean_accuracy", {}, {"min_clean_accuracy": 0.95}),
+        ("affected_fooled", {"affected_fooled": Rate.of(1, 3)}, {}),
+        ("open_blocks", {}, {}),
+    ],
+)
+def test_every_check_blocks_alone(tmp_path: Path, check: str, after: dict, policy: dict) -> None:
+    report = read_report(make_home(tmp_path) / "reports" / "audit.json")
+    changed = report.model_copy(
+        update={
+            "after": report.after.model_copy(update=after),
+            "blocks": [block()] if check == "open_blocks" else [],
+        }
+    )
+    assert judge(report, "0" * 64, Policy()).passed
+    verdict = judge(changed, "0" * 64, Policy(**policy))
+    assert [found.id for found in verdict.checks if not found.passed] == [check]
+    assert not verdict.passed
+
+
+def test_a_verdict_sealed_anew_about_another_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = make_home(tmp_path)
+    file = home / "reports" / "verdict.json"
+    write_json(file, json.loads(file.read_text()) | {"report_sha256": "0" * 64})
+    write_lineage(home)
+    assert run_gate(home) == 3
+    assert "about another report" in capsys.readouterr().err
+
+
+def test_a_report_without_a_remediated_model_is_no_evidence(tmp_path: Path) -> None:
+    report = read_report(make_home(tmp_path) / "reports" / "audit.json")
+    with pytest.raises(EvidenceError, match="names no remediated model"):
+        judge(report.model_copy(update={"artifacts": {}}), "0" * 64, Policy())
