@@ -175,6 +175,7 @@ def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
             precision=incident.precision,
             p_value_left=incident.p_value_left,
             enrichment=_by_label(incident.enrichment, exhibits.train.class_names),
+            rival=None if incident.rival is None else exhibits.train.class_names[incident.rival],
         )
         for incident in exhibits.flags.incidents
     ]

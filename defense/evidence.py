@@ -71,9 +71,12 @@ class Incident:
             wider ends of two 95 % intervals: over resampled controls, and over what their
             number leaves open.
         p_value_left: P-value of the block that is found once the flagged rows are taken out:
-            above the alarm, what is left looks like controls. None without flags.
+            above the alarm, what is left looks like controls. None without flags, or if fewer
+            than 20 rows are left.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, ``[c]``.
+        rival: The label of which that is most true if it is not the given one, and that not by
+            chance; None if all rows were looked among anyway.
     """
 
     affected: tuple[int, ...]
@@ -85,6 +88,7 @@ class Incident:
     expected_false: tuple[float, float, float]
     p_value_left: float | None = None
     enrichment: tuple[float, ...] = ()
+    rival: int | None = None
 
     @property
     def precision(self) -> tuple[float, float, float] | None:
@@ -102,7 +106,8 @@ class FoundBlock:
     Attributes:
         label: The label they carry.
         rows: Which rows they are, bool ``[n]``.
-        coherence: Median of their cosines with each other.
+        coherence: Median over them of how each coheres with the seeds of the block, itself the
+            median of its cosines with these.
         clean_coherence: Largest median cosine of a clean input of that label with them.
         expected_false: See `Incident`.
         agreement: Share of them to which a model that never saw them gives their label.

@@ -27,6 +27,8 @@ class Policy(Method):
             label they were reported with.
         max_open_blocks: Most accepted blocks of rows that a scan suspects and of which less than
             nine tenths were flagged; null asks for no scan.
+        max_partly_scanned: Most accepted classes that a scan could not look at as a whole, where
+            poison with correct labels may go unseen; null does not ask.
     """
 
     max_psr: float = Field(0.05, ge=0, le=1)
@@ -34,6 +36,7 @@ class Policy(Method):
     min_clean_accuracy: float = Field(0.0, ge=0, le=1)
     max_affected_fooled: float = Field(0.0, ge=0, le=1)
     max_open_blocks: int | None = Field(0, ge=0)
+    max_partly_scanned: int | None = Field(None, ge=0)
 
 
 class Check(BaseModel):
@@ -90,6 +93,9 @@ def judge(report: AuditReport, report_sha256: str, policy: Policy) -> Verdict:
     ]
     if policy.max_open_blocks is not None:
         checks.append(_check("open_blocks", report.open_blocks, "<=", policy.max_open_blocks))
+    if policy.max_partly_scanned is not None:
+        partly = report.partly_scanned
+        checks.append(_check("partly_scanned", partly, "<=", policy.max_partly_scanned))
     return Verdict(
         passed=all(check.passed for check in checks),
         checks=checks,

@@ -101,9 +101,12 @@ class IncidentQuality(Part):
         false_discovery_rate: Share of false flags that was promised.
         precision: Precision of the flags that controls let expect: on average, and the ends of
             a 95 % interval; None without flags.
-        p_value_left: P-value of what is found once those rows are taken out; None without flags.
+        p_value_left: P-value of what is found once those rows are taken out; None without flags,
+            or if hardly a row is left.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, the most frequent first.
+        rival: The first of them if it is not the given label, and that not by chance; None if all
+            rows were looked among anyway.
     """
 
     affected: list[str]
@@ -115,6 +118,7 @@ class IncidentQuality(Part):
     precision: tuple[float, float, float] | None
     p_value_left: float | None = None
     enrichment: dict[str, float] = {}
+    rival: str | None = None
 
 
 class BlockQuality(Part):
@@ -257,6 +261,11 @@ class AuditReport(Part):
         if self.blocks is None or self.unchecked:
             return None
         return sum(block.is_open for block in self.blocks)
+
+    @property
+    def partly_scanned(self) -> int | None:
+        """Classes that no scan looked at as a whole; None without a scan."""
+        return None if self.blocks is None else len(self.unchecked) + len(self.in_part)
 
     @property
     def accuracy_drop(self) -> float | None:

@@ -45,7 +45,7 @@ class ScanSettings(Independence):
         smallest: Rows of a block at least; fewer are not judged.
     """
 
-    num_controls: int = Field(500, gt=0)
+    num_controls: int = Field(500, ge=FEWEST)
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(16, gt=1)

@@ -153,7 +153,8 @@ def clear(out: Path) -> None:
     """Remove what an earlier scan left, so that nothing stands beside an answer it is not of."""
     for name in ("affected", "scan"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for file in (*out.glob("block_*.png"), out / "labels.csv"):
+    files = (out / name for name in ("scan.json", "blocks.csv", "labels.csv"))
+    for file in (*out.glob("block_*.png"), *files):
         file.unlink(missing_ok=True)
 
 

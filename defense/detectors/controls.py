@@ -179,7 +179,7 @@ class Controls:
         *,
         one_cause: bool = True,
     ) -> Finding:
-        """Flag rows; if they are more than the seeds they become the seeds, until they settle.
+        """Flag rows; as long as they are more than the seeds they become the seeds.
 
         Args:
             rows: The rows.

@@ -96,9 +96,12 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
             suspicion[places] = np.fmax(suspicion[places], above)
         affected = tuple(int(number) for number in numbers[group])
         incident = _incident(search, affected, label, seen)
-        enrichment = tuple(search.enrichment(images[group], label).tolist())
-        _warn(enrichment, label, case.train.class_names)
-        yield replace(incident, enrichment=enrichment), suspicion
+        pointed = search.pointed(images[group], label)
+        rival = None if search.everywhere else pointed.rival(label, search.settings.alarm)
+        enrichment = tuple(pointed.enrichment.tolist())
+        if rival is not None:
+            _warn(enrichment, label, rival, case.train.class_names)
+        yield replace(incident, enrichment=enrichment, rival=rival), suspicion
 
 
 def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Reals]:
@@ -121,19 +124,17 @@ def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Re
     return replace(incident, expected_false=seen.finding.expected_false), seen.scores
 
 
-def _warn(enrichment: tuple[float, ...], label: int, names: Sequence[str]) -> None:
-    """Warn where rows with another label cohere most with the affected inputs."""
-    most = int(np.argmax(enrichment))
-    if enrichment[most] > enrichment[label]:
-        logger.warning(
-            "rows labelled %s are %.1f times as frequent among those that cohere most with the "
-            "affected inputs as among all, rows labelled %s, the predicted label, %.1f times; to "
-            "look among all rows set detector.rows to all",
-            names[most],
-            enrichment[most],
-            names[label],
-            enrichment[label],
-        )
+def _warn(enrichment: tuple[float, ...], label: int, rival: int, names: Sequence[str]) -> None:
+    """Warn that rows with another label cohere most with the affected inputs."""
+    logger.warning(
+        "rows labelled %s are %.1f times as frequent among those that cohere most with the "
+        "affected inputs as among all, rows labelled %s, the predicted label, %.1f times; to "
+        "look among all rows set detector.rows to all",
+        names[rival],
+        enrichment[rival],
+        names[label],
+        enrichment[label],
+    )
 
 
 def _above(sighting: Sighting, alarm: float) -> Reals:
@@ -161,7 +162,7 @@ def _incident(
         int(sum(finding.flagged.sum() for finding in found)),
         settings.false_discovery_rate,
         (mean, low, high),
-        None if seen[-1].found(settings.alarm) or not found else seen[-1].p_value,
+        seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
     )
 
 

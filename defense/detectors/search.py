@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.stats import binom
 from torch import Tensor
 
 from defense.detectors.coherence import Block, Reals, Rows
@@ -22,7 +23,7 @@ FEWEST = 20  # controls of a class, for a tail to be fitted; rows, to look among
 REPLAYED = 200  # controls that go through the whole procedure themselves, for the verdict
 SAMPLE = 2**13  # rows of all labels, to see which labels an input points to
 LEADING = 0.01  # of them, those that cohere most with it
-PASSES = 3  # blocks that are taken out one after the other, at most
+PASSES = 10  # blocks that are taken out one after the other, at most
 BATCH = 1024  # inputs whose directions are in memory together
 
 
@@ -43,7 +44,7 @@ class Coherence(Method):
 
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
     alarm: float = Field(0.01, gt=0, lt=1)
-    num_controls: int = Field(1000, gt=0)
+    num_controls: int = Field(1000, ge=FEWEST)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
     subpopulation: float | None = Field(0.05, gt=0, le=1)
@@ -95,15 +96,57 @@ class Bench:
 
 @dataclass(frozen=True)
 class Sighting:
-    """What was found at once: a block, its p-value and the rows of a bench it was sought among."""
+    """What was found at once.
+
+    Attributes:
+        finding: A block.
+        p_value: Of the block.
+        among: The rows of a bench it was sought among, by number.
+        beyond: Whether as many blocks as are flagged at most were found before; this one only
+            tells what is left.
+    """
 
     finding: Finding
     p_value: float
     among: NDArray[np.int64]
+    beyond: bool = False
 
     def found(self, alarm: float) -> bool:
-        """Tell whether it is more than chance."""
-        return self.p_value <= alarm and bool(self.finding.flagged.any())
+        """Tell whether it is more than chance, and to be flagged."""
+        return not self.beyond and self.p_value <= alarm and bool(self.finding.flagged.any())
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """How many rows carry each label, of those that cohere most with an input, and of a sample.
+
+    Attributes:
+        leading: ``[c]``.
+        sample: ``[c]``.
+    """
+
+    leading: NDArray[np.int64]
+    sample: NDArray[np.int64]
+
+    @property
+    def enrichment(self) -> NDArray[np.float64]:
+        """How many times as frequent every label is among the leading rows as in the sample."""
+        expected = self.sample * (self.leading.sum() / self.sample.sum())
+        return np.divide(self.leading, expected, out=np.zeros(len(expected)), where=expected > 0)
+
+    def rival(self, label: int, alarm: float) -> int | None:
+        """Name the label that is enriched most if it is not a given one, and that not by chance.
+
+        Args:
+            label: The given label.
+            alarm: Chance up to which it is not, all labels counted: were the rows with either
+                label as likely to lead, so many of those that do would carry the other.
+        """
+        most = int(np.argmax(self.enrichment))
+        either = np.array([most, label])
+        count, share = self.leading[either].sum(), self.sample[most] / self.sample[either].sum()
+        chance = binom.sf(self.leading[most] - 1, count, share) * (len(self.leading) - 1)
+        return most if most != label and chance <= alarm else None
 
 
 class Search:
@@ -176,23 +219,17 @@ class Search:
         order = np.random.default_rng(0).permutation(len(self.train))
         return Rows(self.directions, np.sort(order[:SAMPLE]))
 
-    def enrichment(self, images: Tensor, label: int) -> NDArray[np.float64]:
+    def pointed(self, images: Tensor, label: int) -> Pointed:
         """Tell which labels the rows carry that cohere most with some inputs.
 
         Args:
             images: ``[q, c, h, w]``.
             label: What the model makes of them.
-
-        Returns:
-            How many times as frequent every label is among the leading percent of the sample as
-            in all of it, ``[c]``.
         """
         cosines = starts_of(self.sample, images, label).mean(0)
         labels, count = self.train.labels[self.sample.places], self.train.num_classes
         leading = labels[cosines >= np.quantile(cosines, 1 - LEADING)]
-        share = np.bincount(labels, minlength=count) / len(labels)
-        own = np.bincount(leading, minlength=count) / len(leading)
-        return np.divide(own, share, out=np.zeros(count), where=share > 0)
+        return Pointed(np.bincount(leading, minlength=count), np.bincount(labels, minlength=count))
 
     def strengths(self, bench: Bench, label: int) -> NDArray[np.float64]:
         """Strengths of controls: those of the label, and of others if they are too few.
@@ -230,13 +267,14 @@ class Search:
             start: Cosine of an input with them, ``[n]``.
 
         Yields:
-            The blocks, the last of which is one that chance explains, unless there are many.
+            The blocks, the last of which is one that chance explains or that is one too many,
+            unless hardly a row is left.
         """
         bench, among = self.bench(label), np.arange(len(start))
-        for _ in range(PASSES):
+        for number in range(PASSES + 1):
             finding = bench.judge(start[among])
             p_value = self._p_value(bench, label, finding)
-            yield Sighting(finding, p_value, among)
+            yield Sighting(finding, p_value, among, beyond=number == PASSES)
             left = ~finding.flagged
             if p_value > self.settings.alarm or left.all() or left.sum() < FEWEST:
                 break

@@ -11,7 +11,7 @@ from scipy.stats import betabinom, false_discovery_control
 from defense.detectors.coherence import Block, Rows, halves
 from defense.detectors.controls import Controls, Finding, exceedance, local_rates
 from defense.detectors.normalised_influence import NormalisedInfluence, together
-from defense.detectors.search import Bench, Search
+from defense.detectors.search import Bench, Pointed, Search
 from defense.errors import DataError
 from defense.evidence import Incident
 from defense.records import Case, Flags, ImageSet, Queries
@@ -120,6 +120,45 @@ def test_says_which_labels_an_input_points_to_and_warns_if_it_is_another(caplog)
     assert "set detector.rows to all" in caplog.text
     flags = detect(case_of(vectors_with(others), [towards(0, 3)], LABELS), rows="all")
     assert flags.mask[others].mean() > 0.95
+
+
+def test_advice_about_labels_is_given_where_it_can_be_followed(caplog) -> None:
+    others = np.flatnonzero(LABELS == 2)[:60]
+    case = case_of(vectors_with(others), [towards(0, 3)], LABELS)
+    assert of_inputs(detect(case)).rival == 2
+    assert "set detector.rows to all" in caplog.text
+    caplog.clear()
+    found = of_inputs(detect(case, rows="all"))
+    assert np.argmax(found.enrichment) == 2
+    assert found.rival is None
+    assert not caplog.records
+
+
+def test_chance_is_no_reason_to_look_at_other_labels() -> None:
+    sample, rng = np.array([800, 60, 60, 60, 20]), np.random.default_rng(3)
+    labels = np.repeat(np.arange(5), sample)
+    drawn = [Pointed(np.bincount(rng.choice(labels, 80, replace=False), minlength=5), sample)
+             for _ in range(1000)]  # fmt: skip
+    assert np.mean([np.argmax(pointed.enrichment) != 0 for pointed in drawn]) > 0.8
+    assert np.mean([pointed.rival(0, 0.01) is not None for pointed in drawn]) <= 0.015
+    surely = Pointed(np.array([50, 28, 1, 1, 0]), sample)
+    assert surely.rival(0, 0.01) == 1
+    assert surely.rival(1, 0.01) is None
+    assert Pointed(np.array([60, 16, 1, 3, 0]), sample).rival(3, 0.01) == 1
+
+
+def test_a_block_beyond_the_last_that_is_taken_out_is_told(monkeypatch) -> None:
+    both = unit(towards(0, 3) + 0.8 * towards(1, 4))
+    case = case_of(vectors_with(BLOCK, OTHER), [both], LABELS)
+    every = detect(case, subpopulation=None)
+    monkeypatch.setattr("defense.detectors.search.PASSES", 1)
+    flags = detect(case, subpopulation=None)
+    assert every.mask[[*BLOCK, *OTHER]].mean() > 0.95
+    assert min(flags.mask[BLOCK].mean(), flags.mask[OTHER].mean()) < 0.2
+    assert max(flags.mask[BLOCK].mean(), flags.mask[OTHER].mean()) > 0.95
+    incident = of_inputs(flags)
+    assert incident.num_flagged == flags.mask.sum()
+    assert incident.p_value_left <= 0.01 < of_inputs(every).p_value_left
 
 
 def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:

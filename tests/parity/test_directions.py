@@ -70,6 +70,23 @@ def test_cosines_are_those_of_explicit_gradients(problem) -> None:
         store.rows[:] = 0
 
 
+def test_cosines_in_bfloat16_are_those_of_explicit_gradients(problem, monkeypatch) -> None:
+    model, images, _ = problem
+    factors = fit(model, images, None, tier="fast")
+    rows = explicit(model, factors, images.images(), images.targets())
+    cosines = {}
+    for bf16, mean, most in ((False, 1e-3, 4e-3), (True, 5e-3, 0.1)):
+        monkeypatch.setattr("defense.influence.products.has_bf16", lambda _, bf16=bf16: bf16)
+        store = build_store(model, factors, images, LEADING)
+        sketcher = store.sketcher(model, factors)
+        assert sketcher.network.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        cosines[bf16] = StoredDirections(store, sketcher).rows(np.arange(len(images)))
+        apart = np.abs(cosines[bf16] - (rows @ rows.T).numpy())
+        assert apart.mean() < mean
+        assert apart.max() < most
+    assert not np.array_equal(cosines[False], cosines[True])
+
+
 def test_another_origin_is_subtracted_and_cosines_are_taken_anew(problem) -> None:
     model, images, factors = problem
     store = build_store(model, factors, images, LEADING)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from defense.artifacts import sha256_file, write_json
@@ -55,6 +56,7 @@ def make_home(
     total: int = 100,
     blocks: Sequence[BlockQuality] | None = (),
     unchecked: Sequence[str] = (),
+    in_part: Sequence[str] = (),
 ) -> Path:
     """Write a model, a report, a verdict, a lineage and a policy."""
     torch.manual_seed(0)
@@ -79,6 +81,7 @@ def make_home(
         accuracy_drop_bound=0.02,
         blocks=None if blocks is None else list(blocks),
         unchecked=list(unchecked),
+        in_part=list(in_part),
         artifacts={"remediated": Evidence(path="artifacts/remediated", sha256=digest)},
     )
     file = home / "reports" / "audit.json"
@@ -142,6 +145,29 @@ def test_suspected_blocks_that_are_still_trained_on_block(
 
 def test_a_class_that_was_not_scanned_blocks(tmp_path: Path) -> None:
     assert run_gate(make_home(tmp_path, unchecked=["7"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "code"),
+    [
+        ({"in_part": ["a", "b"]}, None, 0),
+        ({"in_part": ["a", "b"]}, 2, 0),
+        ({"in_part": ["a", "b"]}, 1, 1),
+        ({"blocks": None}, 9, 1),
+    ],
+)
+def test_classes_not_looked_at_as_a_whole_block_if_the_policy_asks(
+    tmp_path: Path, found: dict, bound: int | None, code: int
+) -> None:
+    home = make_home(tmp_path, **found)
+    policy = yaml.safe_dump({"gate": {"max_open_blocks": None, "max_partly_scanned": bound}})
+    (home / "params.yaml").write_text(policy)
+    assert run_gate(home) == code
+
+
+def test_a_class_that_was_not_scanned_was_not_looked_at_as_a_whole(tmp_path: Path) -> None:
+    home = make_home(tmp_path, unchecked=["a"], in_part=["b"])
+    assert read_report(home / "reports" / "audit.json").partly_scanned == 2
 
 
 def test_a_stricter_policy_today_blocks_yesterdays_pass(tmp_path: Path) -> None:
@@ -326,6 +352,21 @@ def test_every_check_blocks_alone(tmp_path: Path, check: str, after: dict, polic
     verdict = judge(changed, "0" * 64, Policy(**policy))
     assert [found.id for found in verdict.checks if not found.passed] == [check]
     assert not verdict.passed
+
+
+def test_a_verdict_forged_for_another_model_than_the_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = make_home(tmp_path)
+    other = save_model(home / "artifacts" / "remediated", nn.Linear(2, 2), meta={"other": True})
+    file = home / "reports" / "verdict.json"
+    write_json(file, json.loads(file.read_text()) | {"model_sha256": other})
+    nodes = json.loads((home / "reports" / "lineage.json").read_text())["nodes"]
+    nodes["remediated"]["sha256"], nodes["verdict"]["sha256"] = other, sha256_file(file)
+    sealed = {"nodes": nodes, "digest": digest(nodes)}
+    write_json(home / "reports" / "lineage.json", sealed)
+    assert run_gate(home) == 3
+    assert "about another model" in capsys.readouterr().err
 
 
 def test_a_verdict_sealed_anew_about_another_report(

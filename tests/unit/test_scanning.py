@@ -57,7 +57,14 @@ def test_what_an_earlier_scan_left_is_removed(tmp_path: Path) -> None:
     for name in ("affected", "scan"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
-    for name in ("block_0.png", "block_12.png", "labels.csv", "mine.png"):
+    for name in (
+        "block_0.png",
+        "block_12.png",
+        "labels.csv",
+        "blocks.csv",
+        "scan.json",
+        "mine.png",
+    ):
         (tmp_path / name).write_text("")
     clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
