@@ -15,6 +15,7 @@ Reals = NDArray[np.float32]
 CHUNK = 2**26  # cosines that are computed together
 MEMORY = 2**28  # cosines between rows that are kept
 APART = 0.4  # cosine between what two groups of rows share, below which they have two causes
+ALIKE = 0.75  # quantile of the cosines in a group: of two causes in it half are within one
 SMALLEST = 16  # rows of a group
 
 
@@ -123,7 +124,8 @@ def halves(cosines: Reals) -> Mask | None:
 
     Rows of one cause share a direction, be it a large or a small part of them: cosines between
     two groups of them are the geometric mean of those within. The groups are those of 2-means
-    on how each row coheres with all, whatever the size of that.
+    on how each row coheres with all, whatever the size of that. Where there are more than two
+    causes a group holds several, so what is within one is told by the upper quartile.
 
     Args:
         cosines: Between the rows, NaN with themselves, ``[m, m]``.
@@ -138,7 +140,9 @@ def halves(cosines: Reals) -> Mask | None:
     first = KMeans(2, n_init=4, random_state=0).fit(profiles).labels_ == 0
     if min(first.sum(), (~first).sum()) < SMALLEST:
         return None
-    within, other = (np.nanmedian(cosines[np.ix_(group, group)]) for group in (first, ~first))
+    within, other = (
+        np.nanquantile(cosines[np.ix_(group, group)], ALIKE) for group in (first, ~first)
+    )
     between = np.median(cosines[np.ix_(first, ~first)])
     one = min(within, other) <= 0 or between >= APART * np.sqrt(within * other)
     return None if one else first

@@ -373,6 +373,21 @@ def test_attacks_on_one_class_that_have_much_in_common_are_told_apart() -> None:
     np.testing.assert_array_equal(rows.places[found.flagged], BLOCK)
 
 
+@pytest.mark.parametrize("sizes", [(40, 40, 40), (60, 30, 30), (40, 80, 20), (30, 30, 30, 30)])
+def test_any_number_of_attacks_that_have_much_in_common_are_told_apart(sizes) -> None:
+    vectors, axes = vectors_with(), (0, 1, 3, 4)
+    parts = np.split(np.flatnonzero(LABELS == 1)[: sum(sizes)], np.cumsum(sizes)[:-1])
+    for axis, part in zip(axes, parts, strict=False):
+        vectors[part] = shared(axis, None, len(part))
+    rows = Rows(Vectors(vectors, {}), np.flatnonzero(LABELS == 1))
+    clean = np.stack([towards(None, seed) for seed in range(100, 700)])
+    controls = Controls((clean @ vectors[rows.places].T).astype(np.float32), 0.05)
+    for axis, part in zip(axes, parts, strict=False):
+        start = (shared(axis, 7) @ vectors[rows.places].T).astype(np.float32)
+        found = controls.judge(rows, rows.grow(start, 16, 5), 5)
+        np.testing.assert_array_equal(rows.places[found.flagged], part)
+
+
 @pytest.mark.parametrize("strengths", [(20.0, 20.0), (8.0, 24.0)])
 def test_strong_and_weak_rows_of_one_attack_have_one_cause(strengths: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
