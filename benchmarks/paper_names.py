@@ -55,6 +55,7 @@ COUNTERFACTUALS = {
     "missed": "poison that is not flagged",
     "any_poison": "as much poison, at random",
     "clean": "as many clean rows of the target class",
+    "third": "the most suspicious third of what is flagged",
 }
 # Precision / TPR in per cent: Table 1, and Table 4, which also has PSR and accuracy after EU; the
 # body of Table 5 is not in the text at hand.

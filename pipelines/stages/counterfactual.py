@@ -11,13 +11,14 @@ from defense.artifacts import require_input, write_json
 from defense.compute import seeded
 from defense.metrics import model_quality
 from defense.prediction import predict
-from defense.records import ImageSet, Mask, Truth, mask_of
+from defense.records import Flags, ImageSet, Mask, Truth, mask_of
 from defense.storage import load_flags, load_images, load_truth
 from defense.victim import make_trainer
 from pipelines.params import Params
 from pipelines.paths import Paths
 
 TRAININGS = 3  # per set, from different weights and orders
+SHARE = 1 / 3  # of the flagged rows, to see whether so few would do
 
 
 def run(params: Params, paths: Paths) -> str:
@@ -30,9 +31,8 @@ def run(params: Params, paths: Paths) -> str:
     flags, flags_manifest = load_flags(paths.flags)
     require_input(truth_manifest, "poisoned_train", manifest.digest, owner=paths.truth)
     require_input(flags_manifest, "poisoned_train", manifest.digest, owner=paths.flags)
-    removals = counterfactuals(
-        flags.mask, truth, train.labels, seeded(params.seed, "counterfactual")
-    )
+    generator = seeded(params.seed, "counterfactual")
+    removals = counterfactuals(flags, truth, train.labels, generator)
     results: dict[str, Any] = {}
     for name, removed in removals.items():
         trainings = []
@@ -63,12 +63,12 @@ def retrained(params: Params, paths: Paths, rows: ImageSet, number: int) -> nn.M
 
 
 def counterfactuals(
-    flagged: Mask, truth: Truth, labels: np.ndarray, generator: torch.Generator
+    flags: Flags, truth: Truth, labels: np.ndarray, generator: torch.Generator
 ) -> dict[str, Mask]:
     """Name sets of rows to leave out.
 
     Args:
-        flagged: bool ``[n]``.
+        flags: A detector's answer.
         truth: What was planted.
         labels: int64 ``[n]``; as they are in the poisoned train set.
         generator: The only source of randomness.
@@ -76,10 +76,11 @@ def counterfactuals(
     Returns:
         ``nothing``: no row; ``found``: flagged poison; ``missed``: poison that is not flagged;
         ``any_poison``: as many poisoned rows as were found, at random; ``clean``: as many clean
-        rows of the target class, or all of them if they are fewer. A set without rows is left
-        out, but for ``nothing``.
+        rows of the target class, or all of them if they are fewer; ``third``: the most suspicious
+        third of the flagged rows, poison or not, which tells whether so few would do. A set
+        without rows is left out, but for ``nothing``.
     """
-    found, missed = flagged & truth.poisoned, truth.poisoned & ~flagged
+    found, missed = flags.mask & truth.poisoned, truth.poisoned & ~flags.mask
     clean = ~truth.poisoned & (labels == truth.target_class)
     count = int(found.sum())
     if clean.sum() < count:
@@ -93,9 +94,17 @@ def counterfactuals(
         "missed": missed,
         "any_poison": _draw(truth.poisoned, count, generator),
         "clean": _draw(clean, count, generator),
+        "third": mask_of(_foremost(flags, SHARE), len(found)),
     }
     nothing = {"nothing": np.zeros_like(found)}
     return nothing | {name: mask for name, mask in sets.items() if mask.any()}
+
+
+def _foremost(flags: Flags, share: float) -> np.ndarray:
+    """Name the flagged rows that are most suspicious."""
+    rows = np.flatnonzero(flags.mask)
+    order = np.argsort(-flags.suspicion[rows], kind="stable")
+    return rows[order[: round(share * len(rows))]]
 
 
 def _draw(mask: Mask, count: int, generator: torch.Generator) -> Mask:

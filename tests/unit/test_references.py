@@ -8,7 +8,7 @@ import torch
 
 from defense.compute import seeded
 from defense.errors import DataError
-from defense.records import Split, Truth
+from defense.records import Flags, Split, Truth
 from pipelines.params import AffectedSettings
 from pipelines.stages.common import blinded
 from pipelines.stages.counterfactual import counterfactuals
@@ -19,6 +19,11 @@ NOTHING = np.zeros(0, np.int64)
 POISONED = np.array([1, 1, 1, 0, 0, 0, 0, 0], dtype=bool)
 LABELS = np.array([2, 2, 2, 2, 2, 2, 1, 0])
 TRUTH = Truth(POISONED, LABELS, 2, NOTHING, NOTHING.astype(bool))
+
+
+def flags_of(suspicion) -> Flags:
+    """Flag the rows above one half."""
+    return Flags(np.array(suspicion, np.float32), 0.5, LABELS == 2, LABELS == 2)
 
 
 def generator() -> torch.Generator:
@@ -34,8 +39,7 @@ def test_reference_flags_are_the_poison_as_many_clean_rows_or_none() -> None:
 
 
 def test_counterfactuals_are_the_sets_they_are_called() -> None:
-    mask = np.array([1, 1, 0, 1, 0, 0, 0, 1], dtype=bool)
-    sets = counterfactuals(mask, TRUTH, LABELS, generator())
+    sets = counterfactuals(flags_of([0.9, 0.8, 0.1, 0.7, 0, 0, 0, 0.6]), TRUTH, LABELS, generator())
     assert not sets["nothing"].any()
     np.testing.assert_array_equal(np.flatnonzero(sets["found"]), [0, 1])
     np.testing.assert_array_equal(np.flatnonzero(sets["missed"]), [2])
@@ -43,15 +47,22 @@ def test_counterfactuals_are_the_sets_they_are_called() -> None:
     assert not (sets["any_poison"] & ~POISONED).any()
     assert sets["clean"].sum() == 2
     assert set(np.flatnonzero(sets["clean"])) <= {3, 4, 5}
+    assert len(sets) == 6
+
+
+def test_a_third_of_the_flags_are_the_most_suspicious_ones() -> None:
+    suspicion = [0.6, 0.9, 0.7, 0.8, 0.65, 0.95, 1, 1]  # the last two are no candidates
+    sets = counterfactuals(flags_of(suspicion), TRUTH, LABELS, generator())
+    np.testing.assert_array_equal(np.flatnonzero(sets["third"]), [1, 5])
 
 
 def test_counterfactuals_leave_out_what_is_empty_and_tell_what_is_short() -> None:
-    nothing = np.zeros(8, dtype=bool)
+    nothing = flags_of(np.zeros(8))
     assert list(counterfactuals(nothing, TRUTH, LABELS, generator())) == ["nothing", "missed"]
     few = np.where(LABELS == 2, 2, 0)
     few[4:] = 0  # one clean row is left in the target class
     with pytest.warns(UserWarning, match="has 1 clean rows, fewer than the 3 poisoned ones"):
-        sets = counterfactuals(POISONED, TRUTH, few, generator())
+        sets = counterfactuals(flags_of(POISONED), TRUTH, few, generator())
     assert "missed" not in sets
     np.testing.assert_array_equal(np.flatnonzero(sets["clean"]), [3])
 
