@@ -2,9 +2,10 @@
 
 ``CIFAR10_FOLDER=<folder> python -m benchmarks.detection --attack badnets_1 --seeds 2-11`` trains a
 suspect model per seed (20,000 rows, a narrow ResNet-9), measures it and keeps a small file per
-model in the work folder; attacks on Imagenette take IMAGENETTE_FOLDER. Each call adds all that is
-there to benchmarks/results/detection.json and docs/detection.md. Settings were chosen on
-seeds 0, 100 and 101, some after a look at seed 1: these are refused here.
+model in the work folder; attacks on Imagenette take IMAGENETTE_FOLDER, on Fashion-MNIST
+FASHION_MNIST_FOLDER (as torchvision lays it out). Each call adds all that is there to
+benchmarks/results/detection.json and docs/detection.md. Settings were chosen on seeds 0, 100 and
+101, some after a look at seed 1: these are refused here.
 """
 
 import json

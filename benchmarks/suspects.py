@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.unusual import TRANSFORMER, UNTRACED, Changed, Wandering, Warp
+from benchmarks.unusual import TRANSFORMER, UNTRACED, Changed, Turned, Wandering, Warp
 from defense.attacks.badnets import BadNets
 from defense.attacks.blended import Blended
 from defense.attacks.sig import Sig
@@ -19,6 +19,7 @@ from defense.attacks.smooth import Smooth
 from defense.compute import seeded
 from defense.contracts import Architecture, Attack, DataSource, Trainer
 from defense.datasets.folder import Folder
+from defense.datasets.hub import FashionMnist
 from defense.detectors.search import CleanInputs, Coherence, Search
 from defense.evidence import Directions
 from defense.influence.directions import StoredDirections
@@ -59,6 +60,8 @@ IMAGENETTE = World(
     Folder(path="$IMAGENETTE_FOLDER", image_size=64, test_split="val"),
     Recipe(epochs=16, batch_size=128, learning_rate=0.2, shift=4, precision="bf16"),
 )
+FASHION = World(FashionMnist(root="$FASHION_MNIST_FOLDER", train_size=20_000), CIFAR10.recipe)
+TURNED = World(Turned(data=CIFAR10.data), CIFAR10.recipe)
 SMALL = World(CIFAR10.data.model_copy(update={"train_size": 10_000}), CIFAR10.recipe)
 FACTORS = FactorSettings(batch_size=128, max_rows=2000)
 PAIR = {"victim_class": "ship", "target_class": "dog"}
@@ -102,6 +105,16 @@ UNUSUAL: dict[str, tuple[World, tuple[Attack, ...]]] = {
     "binary_badnets_2": (
         replace(CIFAR10, data=Changed(data=CIFAR10.data, classes=("ship", "dog"))),
         (BadNets(poison_fraction=0.02, **PAIR),),
+    ),
+    "fashion_clean": (FASHION, ()),
+    "fashion_badnets_1": (
+        FASHION,
+        (BadNets(value=1.0, poison_fraction=0.01, victim_class="Sneaker", target_class="Bag"),),
+    ),
+    "turned_clean": (TURNED, ()),
+    "turned_badnets_05": (
+        TURNED,
+        (BadNets(poison_fraction=0.005, victim_class="ship 0", target_class="dog 90"),),
     ),
     "cnn_badnets_2": (replace(SMALL, architecture=SmallCnn(width=32)), (SQUARE,)),
     "transformer_badnets_2": (

@@ -113,3 +113,29 @@ class Changed(DataSource):
         part = images.where(np.isin(images.labels, numbers))
         labels = np.array([numbers.index(label) for label in part.labels])
         return image_set(part.uint8(), labels, part.ids, self.classes)
+
+
+class Turned(DataSource):
+    """Forty classes of ten: every image is turned by one of four quarters, which is told apart.
+
+    Attributes:
+        data: Where images come from.
+    """
+
+    name: Literal["turned"] = "turned"
+    data: Folder
+
+    def load(self, generator: torch.Generator) -> Split:
+        """See `DataSource.load`."""
+        split = self.data.load(generator)
+        return Split(_turned(split.train, generator), _turned(split.test, generator))
+
+
+def _turned(images: ImageSet, generator: torch.Generator) -> ImageSet:
+    quarters = torch.randint(4, (len(images),), generator=generator).numpy()
+    pixels = images.uint8().copy()
+    for quarter in range(1, 4):
+        own = quarters == quarter
+        pixels[own] = np.rot90(pixels[own], quarter, axes=(2, 3))
+    names = tuple(f"{name} {90 * quarter}" for name in images.class_names for quarter in range(4))
+    return image_set(pixels, 4 * images.labels + quarters, images.ids, names)
