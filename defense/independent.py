@@ -4,7 +4,7 @@ Natural blocks, such as pictures of one car, carry the label that others teach, 
 do not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,12 @@ class Independence(Coherence):
     """How the independent model is made, and what it is asked.
 
     Attributes:
-        epochs: That the independent model is trained for.
-        max_epochs: The same, if it knows too little.
-        max_rows: Rows that it is trained on, at random; null for all that are left. Rows of a
-            class it is asked about are repeated up to an even share if they are less than half
-            of one.
+        epochs: That the independent model is trained for at first.
+        max_epochs: The same at most, if it knows too little. It takes more rows, if there are,
+            instead of more epochs: so many times `max_rows`.
+        max_rows: Rows that it is trained on at first, at random; null for all that are left. Rows
+            of a class it is asked about are repeated up to an even share if they are less than
+            half of one.
         held_out: Rows per class that it never sees, for comparison with those of a block.
     """
 
@@ -45,6 +46,20 @@ class Independence(Coherence):
     max_epochs: int = Field(16, gt=0)
     max_rows: int | None = Field(10_000, gt=0)
     held_out: int = Field(100, gt=9)
+
+    def efforts(self, available: int) -> Iterator[tuple[int, int]]:
+        """Yield how many rows to learn from, for how many epochs: four times as much each time.
+
+        Args:
+            available: Rows there are.
+        """
+        first, effort = min(self.max_rows or available, available), self.epochs
+        while True:
+            rows = min(available, first * effort // self.epochs)
+            yield rows, round(first * effort / rows)
+            if effort >= self.max_epochs:
+                return
+            effort = min(4 * effort, self.max_epochs)
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,8 @@ class Hearing:
     def judged(self, blocks: Sequence[Suspicion], seed: int) -> tuple[FoundBlock, ...]:
         """Ask a model that never saw the rows of any block, nor some others of their classes.
 
-        As long as it knows too little for one of them to be found out it is trained anew, for
-        four times as long.
+        As long as it knows too little for one of them to be found out it is trained anew, four
+        times as much.
 
         Args:
             blocks: What to judge; if there are none, nothing is trained.
@@ -139,17 +154,17 @@ class Hearing:
         rng = np.random.default_rng(seed)
         suspect = rows_of(blocks, len(self.train))
         held = self._held(blocks, suspect, rng)
-        lessons = self._lessons(suspect | held, blocks, rng)
-        alarm, epochs = self.settings.alarm / len(blocks), self.settings.epochs
-        while True:
-            said = np.full(len(self.train), -1, dtype=np.int64)
-            model = self.independent(lessons, epochs)
-            said[suspect | held] = model(self.train.where(suspect | held))
+        unseen, alarm = suspect | held, self.settings.alarm / len(blocks)
+        order = rng.permutation(np.flatnonzero(~unseen))
+        if not len(order):
+            raise DataError("expected rows outside of blocks to train on, but all are in blocks")
+        said = np.full(len(self.train), -1, dtype=np.int64)
+        for rows, epochs in self.settings.efforts(len(order)):
+            lessons = self._lessons(order[:rows], unseen, blocks, rng)
+            said[unseen] = self.independent(lessons, epochs)(self.train.where(unseen))
             found = [self._agreement(block, said, held) for block in blocks]
-            enough = all(one.telling(alarm) for one in found if len(one.usual))
-            if enough or epochs >= self.settings.max_epochs:
+            if all(one.telling(alarm) for one in found if len(one.usual)):
                 break
-            epochs = min(4 * epochs, self.settings.max_epochs)
         both = zip(blocks, found, strict=True)
         return tuple(self._judge(block, one, said, alarm) for block, one in both)
 
@@ -162,12 +177,13 @@ class Hearing:
         return held
 
     def _lessons(
-        self, unseen: Mask, blocks: Sequence[Suspicion], rng: np.random.Generator
+        self,
+        drawn: NDArray[np.int64],
+        unseen: Mask,
+        blocks: Sequence[Suspicion],
+        rng: np.random.Generator,
     ) -> ImageSet:
-        """Draw the rows that are learnt from; small classes concerned get an even share."""
-        drawn = rng.permutation(np.flatnonzero(~unseen))[: self.settings.max_rows]
-        if not len(drawn):
-            raise DataError("expected rows outside of blocks to train on, but all are in blocks")
+        """Take rows to learn from; small classes concerned get an even share."""
         labels, fair = self.train.labels, len(drawn) // self.train.num_classes
         more = []
         for label in sorted({block.label for block in blocks}):

@@ -325,6 +325,21 @@ def test_no_more_rows_are_learnt_from_than_asked_for() -> None:
     assert len(scanner.seen) == 1000
 
 
+def test_more_rows_are_learnt_from_before_they_are_repeated() -> None:
+    settings = ScanSettings(max_rows=1000)
+    assert [*settings.efforts(900)] == [(900, 1), (900, 4), (900, 16)]
+    assert [*settings.efforts(2000)] == [(1000, 1), (2000, 2), (2000, 8)]
+    assert [*settings.efforts(20_000)] == [(1000, 1), (4000, 1), (16_000, 1)]
+    twice = ScanSettings(max_rows=1000, epochs=2, max_epochs=10)
+    assert [*twice.efforts(8000)] == [(1000, 2), (4000, 2), (5000, 2)]
+    assert [*ScanSettings(max_rows=None, max_epochs=1).efforts(50)] == [(50, 1)]
+    scanner = scanner_of(vectors_with(BLOCK), max_rows=1000, learns_in=8)
+    assert scanner.rows(seed=0).suspected
+    assert scanner.trained == [1, 2, 9]
+    left = SIZE - len(BLOCK) - 100
+    assert len(scanner.seen) == 1000 + 2 * left
+
+
 def test_the_alarm_is_for_all_blocks_together() -> None:
     """A quarter of the labels of one of two blocks is right."""
     options = {"planted": BLOCK[:30], "subpopulation": None}
