@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import detection_page, paper_cells, tables
+from benchmarks import detection_page, detection_rows, paper_cells, tables
 
 
 def quality(tpr: float) -> dict:
@@ -209,9 +209,9 @@ def test_models_of_an_earlier_detector_have_rows_of_their_own() -> None:
         "badnets_1-2-v2": {"attack": "badnets_1", "seed": 2, "version": 2},
         "sig_1-3": old | {"attack": "sig_1"},
     }
-    rows = detection_page.each(models, lambda found: [str(model["seed"]) for model in found])
+    rows = detection_rows.each(models, lambda found: [str(model["seed"]) for model in found])
     assert rows == [["BadNet 1 %", "2"], ["BadNet 1 % †", "3"], ["SIG 1 % †", "3"]]
-    timed = detection_page.each(models, lambda found: ["t" for m in found if "seconds" in m])
+    timed = detection_rows.each(models, lambda found: ["t" for m in found if "seconds" in m])
     assert timed == [["BadNet 1 % †", "t"], ["SIG 1 % †", "t"]]
 
 
