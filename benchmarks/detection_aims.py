@@ -70,7 +70,7 @@ def _from_one(attack: str, found: Found, recall: float, precision: float) -> lis
     reached = [[mean(run[key] for run in own) for own in runs] for key in ("tpr", "precision")]
     means = [mean(values) or 0.0 for values in reached]
     return [
-        f"{TITLES[attack]}, one affected input: recall {recall:.0%}, precision {precision:.0%}",
+        f"{TITLES[attack]}, one affected input: recall {100 * recall:.0f}, precision {100 * precision:.0f} %",
         f"{spread(reached[0])}, {spread(reached[1])}",
         answer(means[0] >= recall and means[1] >= precision, len(runs)),
     ]
@@ -133,10 +133,10 @@ def _scanned(attack: str, found: Found, kind: str) -> list[str]:
         return []
     alarms, share = sum(part["alarm"] for part in parts), 0.9 if kind == "scan" else 0.8
     reached, shown = alarms >= share * len(parts), f"{alarms} of {len(parts)}"
-    aim = f"{TITLES[attack]}, {KINDS[kind]}: found on {share:.0%} of models"
+    aim = f"{TITLES[attack]}, {KINDS[kind]}: found on {100 * share:.0f} % of models"
     if kind == "scan" and attack != "badnets_025":
         rates = [[part[key] or 0.0 for part in parts] for key in ("tpr", "precision")]
-        aim += ", recall and precision 95%"
+        aim += ", recall and precision 95 %"
         shown += f"; {spread(rates[0])}, {spread(rates[1])}"
         reached = reached and all((mean(values) or 0.0) >= 0.95 for values in rates)
     return [aim, shown, answer(reached, len(parts))]

@@ -27,9 +27,9 @@ def told(*models: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {aim: (measured, reached) for aim, measured, reached in rows}
 
 
-ONE = "BadNet 1 %, one affected input: recall 98%, precision 97%"
+ONE = "BadNet 1 %, one affected input: recall 98, precision 97 %"
 SCAN = (
-    "BadNet 1 %, scan of the training set alone: found on 90% of models, recall and precision 95%"
+    "BadNet 1 %, scan of the training set alone: found on 90 % of models, recall and precision 95 %"
 )
 
 
@@ -65,7 +65,7 @@ def test_alarms_of_scans_and_inputs_are_counted() -> None:
     assert rows[SCAN][1] == "**no**"  # found on all, but recall and precision are low
     missed = {"alarm": False, "tpr": None, "precision": None}
     rows = told(*(poisoned(seed, 0.99) for seed in range(8)), poisoned(8, 0.99, scan_inputs=missed))
-    assert rows["BadNet 1 %, scan from untriggered inputs: found on 80% of models"][1] == "yes"
+    assert rows["BadNet 1 %, scan from untriggered inputs: found on 80 % of models"][1] == "yes"
 
 
 def test_every_success_rate_after_removal_counts_and_so_does_accuracy() -> None:
