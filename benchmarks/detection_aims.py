@@ -69,8 +69,9 @@ def _from_one(attack: str, found: Found, recall: float, precision: float) -> lis
         return []
     reached = [[mean(run[key] for run in own) for own in runs] for key in ("tpr", "precision")]
     means = [mean(values) or 0.0 for values in reached]
+    least = f"recall {100 * recall:.0f}, precision {100 * precision:.0f} %"
     return [
-        f"{TITLES[attack]}, one affected input: recall {100 * recall:.0f}, precision {100 * precision:.0f} %",
+        f"{TITLES[attack]}, one affected input: {least}",
         f"{spread(reached[0])}, {spread(reached[1])}",
         answer(means[0] >= recall and means[1] >= precision, len(runs)),
     ]
