@@ -18,8 +18,8 @@ DETECTORS = ("spectral_paper", "spectral_tran", "spectral_tran_restricted",
              "activation_clustering", "activation_clustering_restricted", "frequency",
              "frequency_restricted", "frequency_suspect", "poison_forensics", "ekfac",
              "ekfac_zero", "delta_influence", "delta_restricted", "normalised")  # fmt: skip
-UNLEARNERS = ("eu", "cf_full", "cf", "cf_last", "ssd", "ssd_sample", "scrub", "scrub_cmu",
-              "scrub_paper", "badt", "badt_long", "potion")  # fmt: skip
+UNLEARNERS = ("eu", "cf_full", "cf", "cf_fifth", "cf_last", "ssd", "ssd_sample", "scrub",
+              "scrub_cmu", "scrub_paper", "badt", "badt_long", "potion")  # fmt: skip
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},
     "figure4": {name: ("normalised", name) for name in UNLEARNERS},

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_keeps_to_its_declared_budget(
     assert 0 < done.gradient_samples <= declared
     known = {
         "eu": 10 * retain,
-        "cf": 2 * retain,
+        "cf": 4 * retain,
         "ssd": 2 * forget + retain - round(0.1 * retain),
         "scrub": 3 * retain + 2 * forget,
         "scrub_cmu": 18 * retain + 2 * forget,  # an epoch is one step here
@@ -143,6 +144,21 @@ def test_training_on_the_rest_does_not_see_the_forget_set(kind, trained, repair:
     other = kind().unlearn(replace(repair, forget=wrong), trained[0])
     pairs = zip(honest.model.parameters(), other.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.1), (0.03, 0.03)])
+def test_fine_tuning_takes_twice_the_rate_unless_told(
+    given: float | None, rate: float, trained, repair: Repair
+) -> None:
+    seen = list[Recipe]()
+
+    def tune(model: nn.Module, phases: object, recipe: Recipe, **_: object) -> Trained:
+        seen.append(recipe)
+        return Trained(model, 0)
+
+    trainer = SimpleNamespace(recipe=trained[0].recipe, tune=tune)
+    CatastrophicForgetting(learning_rate=given).remove(repair, trainer)
+    assert (seen[0].learning_rate, seen[0].epochs) == (rate, 4)
 
 
 def test_last_layers_train_alone(trained, repair: Repair) -> None:
