@@ -41,7 +41,7 @@ from defense.scan import Scanner, ScanSettings
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.detection --attack <attack> --seeds <seeds>"
 CHOSEN = {0, 1, 100, 101}  # seeds that settings were chosen on
-VERSION = 2  # of the detector; 2 has the three rules that were added last
+VERSION = 3  # of the detector; 2 has three more rules, 3 tells more than two causes apart
 INNOCENT = 60  # inputs that are investigated
 RATES = (0.02, 0.05, 0.1)  # false-discovery rates
 
@@ -154,7 +154,7 @@ def investigation(
     return {
         "found": seen[0].found(alarm),
         "p_value": seen[0].p_value,
-        "p_value_left": seen[-1].p_value if len(seen) > 1 else None,
+        "p_value_left": seen[-1].p_value if not seen[-1].found(alarm) and len(seen) > 1 else None,
         "flagged": all_flags,
         "tpr": float((flagged & own).sum() / truth.poisoned.sum()),
         "precision": hits / all_flags if all_flags else None,

@@ -75,8 +75,8 @@ class Incident:
             than 20 rows are left.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, ``[c]``.
-        rival: The label of which that is most true if it is not the given one, and that not by
-            chance; None if all rows were looked among anyway.
+        rival: The label of which that is most true, of those of which it surely is more than of
+            the given one; None without any, or if all rows were looked among anyway.
     """
 
     affected: tuple[int, ...]

@@ -105,8 +105,8 @@ class IncidentQuality(Part):
             or if hardly a row is left.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, the most frequent first.
-        rival: The first of them if it is not the given label, and that not by chance; None if all
-            rows were looked among anyway.
+        rival: The label that is enriched most, of those that surely are more than the given one;
+            None without any, or if all rows were looked among anyway.
     """
 
     affected: list[str]

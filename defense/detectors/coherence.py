@@ -15,7 +15,7 @@ Reals = NDArray[np.float32]
 CHUNK = 2**26  # cosines that are computed together
 MEMORY = 2**28  # cosines between rows that are kept
 APART = 0.4  # cosine between what two groups of rows share, below which they have two causes
-ALIKE = 0.75  # quantile of the cosines in a group: of two causes in it half are within one
+CAUSES = 6  # groups that are tried, at most
 SMALLEST = 16  # rows of a group
 
 
@@ -119,30 +119,44 @@ def medians(values: Reals) -> Reals:
     return result
 
 
-def halves(cosines: Reals) -> Mask | None:
-    """Tell rows of two causes apart.
+def separate(cosines: Reals) -> Mask | None:
+    """Tell rows of one cause from others, if there is more than one.
 
     Rows of one cause share a direction, be it a large or a small part of them: cosines between
-    two groups of them are the geometric mean of those within. The groups are those of 2-means
-    on how each row coheres with all, whatever the size of that. Where there are more than two
-    causes a group holds several, so what is within one is told by the upper quartile.
+    two groups of them are the geometric mean of those within. The groups are those of k-means
+    on how each row coheres with all, whatever the size of that: two, then more, because with
+    more causes than groups a group holds several, whose cosines say nothing.
 
     Args:
         cosines: Between the rows, NaN with themselves, ``[m, m]``.
 
     Returns:
-        The rows of one of two causes, bool ``[m]``; None if all seem to have the same.
+        A group that is of another cause than every other group, bool ``[m]``; None if all seem
+        to have the same.
     """
-    if len(cosines) < 2 * SMALLEST:
-        return None
     profiles = np.nan_to_num(cosines)
     profiles /= np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
-    first = KMeans(2, n_init=4, random_state=0).fit(profiles).labels_ == 0
-    if min(first.sum(), (~first).sum()) < SMALLEST:
-        return None
-    within, other = (
-        np.nanquantile(cosines[np.ix_(group, group)], ALIKE) for group in (first, ~first)
+    for count in range(2, min(CAUSES, len(cosines) // SMALLEST) + 1):
+        labels = KMeans(count, n_init=4, random_state=0).fit(profiles).labels_
+        if np.bincount(labels).min() < SMALLEST:
+            continue
+        alone = np.flatnonzero((_shared(cosines, labels) < APART).all(1))
+        if len(alone):
+            result: Mask = labels == alone[0]
+            return result
+    return None
+
+
+def _shared(cosines: Reals, labels: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Share of a direction that each group has in common with each other, ``[k, k - 1]``.
+
+    One where nothing is in common within a group.
+    """
+    groups = [np.flatnonzero(labels == number) for number in range(labels.max() + 1)]
+    medians = np.array(
+        [[np.nanmedian(cosines[np.ix_(one, other)]) for other in groups] for one in groups]
     )
-    between = np.median(cosines[np.ix_(first, ~first)])
-    one = min(within, other) <= 0 or between >= APART * np.sqrt(within * other)
-    return None if one else first
+    own = np.sqrt(np.diag(medians).clip(0))
+    within = np.outer(own, own)
+    shares = np.divide(medians, within, out=np.ones_like(medians), where=within > 0)
+    return shares[~np.eye(len(groups), dtype=np.bool_)].reshape(len(groups), -1)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import betabinom, false_discovery_control
 
-from defense.detectors.coherence import Block, Reals, Rows, halves, medians
+from defense.detectors.coherence import SMALLEST, Block, Reals, Rows, medians, separate
 from defense.records import Mask, mask_of
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
@@ -212,11 +212,12 @@ class Controls:
 def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
     """Find flagged rows of another cause than the block's input has; None if all have one."""
     places = np.flatnonzero(flagged)
-    first = halves(rows.where(flagged).between(np.arange(len(places))))
-    if first is None:
+    group = separate(rows.where(flagged).between(np.arange(len(places))))
+    if group is None:
         return None
-    groups = places[first], places[~first]
-    return mask_of(min(groups, key=lambda group: np.median(block.start[group])), len(flagged))
+    parts = places[group], places[~group]  # the larger one may hold several causes
+    nearest = [np.sort(block.start[part])[-SMALLEST:].mean() for part in parts]
+    return mask_of(parts[int(np.argmin(nearest))], len(flagged))
 
 
 def _false_flags(null: Reals, least: np.float32, clean: int) -> tuple[float, float, float]:

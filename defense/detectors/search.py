@@ -135,18 +135,20 @@ class Pointed:
         return np.divide(self.leading, expected, out=np.zeros(len(expected)), where=expected > 0)
 
     def rival(self, label: int, alarm: float) -> int | None:
-        """Name the label that is enriched most if it is not a given one, and that not by chance.
+        """Name the label that is enriched most, of those that surely are more than a given one.
 
         Args:
             label: The given label.
-            alarm: Chance up to which it is not, all labels counted: were the rows with either
-                label as likely to lead, so many of those that do would carry the other.
+            alarm: Chance up to which they surely are, all labels counted: that so many of the
+                leading rows carry a label, were it as frequent among them as in the sample, or
+                as enriched as the given one is. Rows that are alike lead together, and raise it.
         """
-        most = int(np.argmax(self.enrichment))
-        either = np.array([most, label])
-        count, share = self.leading[either].sum(), self.sample[most] / self.sample[either].sum()
-        chance = binom.sf(self.leading[most] - 1, count, share) * (len(self.leading) - 1)
-        return most if most != label and chance <= alarm else None
+        enrichment, share = self.enrichment, self.sample / self.sample.sum()
+        expected = np.minimum(share * max(1.0, enrichment[label]), 1)
+        chances = binom.sf(self.leading - 1, self.leading.sum(), expected) * len(share)
+        chances[label] = 1
+        rivals = np.flatnonzero((chances <= alarm) & (enrichment > enrichment[label]))
+        return int(rivals[enrichment[rivals].argmax()]) if len(rivals) else None
 
 
 class Search:

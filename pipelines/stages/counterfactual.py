@@ -77,8 +77,9 @@ def counterfactuals(
         ``nothing``: no row; ``found``: flagged poison; ``missed``: poison that is not flagged;
         ``any_poison``: as many poisoned rows as were found, at random; ``clean``: as many clean
         rows of the target class, or all of them if they are fewer; ``third``: the most suspicious
-        third of the flagged rows, poison or not, which tells whether so few would do. A set
-        without rows is left out, but for ``nothing``.
+        third of the flagged rows, poison or not, which tells whether so few would do; of equally
+        suspicious ones the first, of several blocks those furthest beyond their own threshold.
+        A set without rows is left out, but for ``nothing``.
     """
     found, missed = flags.mask & truth.poisoned, truth.poisoned & ~flags.mask
     clean = ~truth.poisoned & (labels == truth.target_class)

@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import betabinom, false_discovery_control
+from scipy.stats import betabinom, binom, false_discovery_control
 
-from defense.detectors.coherence import Block, Rows, halves
+from defense.detectors.coherence import Block, Rows, separate
 from defense.detectors.controls import Controls, Finding, exceedance, local_rates
 from defense.detectors.normalised_influence import NormalisedInfluence, together
 from defense.detectors.search import Bench, Pointed, Search
@@ -140,11 +140,34 @@ def test_chance_is_no_reason_to_look_at_other_labels() -> None:
     drawn = [Pointed(np.bincount(rng.choice(labels, 80, replace=False), minlength=5), sample)
              for _ in range(1000)]  # fmt: skip
     assert np.mean([np.argmax(pointed.enrichment) != 0 for pointed in drawn]) > 0.8
-    assert np.mean([pointed.rival(0, 0.01) is not None for pointed in drawn]) <= 0.015
-    surely = Pointed(np.array([50, 28, 1, 1, 0]), sample)
-    assert surely.rival(0, 0.01) == 1
-    assert surely.rival(1, 0.01) is None
-    assert Pointed(np.array([60, 16, 1, 3, 0]), sample).rival(3, 0.01) == 1
+    assert np.mean([pointed.rival(0, 0.01) is not None for pointed in drawn]) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("leading", "sample", "rival"),
+    [
+        ([50, 28, 1, 1, 0], [800, 60, 60, 60, 20], 1),
+        ([28, 50, 1, 1, 0], [60, 800, 60, 60, 20], None),  # the given label is enriched most
+        ([40, 40, 0, 0, 0], [60, 60, 800, 60, 20], None),  # both are, as much
+        ([10, 70, 0, 0, 0], [60, 60, 800, 60, 20], 1),  # the given one is, the other is more
+        ([5, 70, 1, 0, 0], [800, 800, 800, 800, 5], 1),
+        ([5, 70, 0, 0, 1], [800, 800, 800, 800, 5], 1),  # one row of a rare label says nothing
+        ([0, 82, 0, 0, 0], [0, 900, 900, 900, 900], 1),  # no row of the given label is there
+        ([0, 80, 2, 0, 0], [5, 900, 900, 900, 900], 1),  # nor does one lead
+        ([30, 50], [500, 500], None),
+        ([20, 60], [500, 500], 1),
+        ([82], [900], None),
+    ],
+)
+def test_a_label_that_surely_is_enriched_more_is_named(leading, sample, rival) -> None:
+    assert Pointed(np.array(leading), np.array(sample)).rival(0, 0.01) == rival
+
+
+def test_the_chance_that_a_rival_is_none_counts_all_labels() -> None:
+    pointed = Pointed(np.array([56, 12, 6, 6]), np.array([700, 50, 125, 125]))
+    chance = 4 * binom.sf(11, 80, 0.05)
+    assert pointed.rival(0, chance * 1.001) == 1
+    assert pointed.rival(0, chance * 0.999) is None
 
 
 def test_a_block_beyond_the_last_that_is_taken_out_is_told(monkeypatch) -> None:
@@ -373,9 +396,11 @@ def test_attacks_on_one_class_that_have_much_in_common_are_told_apart() -> None:
     np.testing.assert_array_equal(rows.places[found.flagged], BLOCK)
 
 
-@pytest.mark.parametrize("sizes", [(40, 40, 40), (60, 30, 30), (40, 80, 20), (30, 30, 30, 30)])
-def test_any_number_of_attacks_that_have_much_in_common_are_told_apart(sizes) -> None:
-    vectors, axes = vectors_with(), (0, 1, 3, 4)
+@pytest.mark.parametrize(
+    "sizes", [(40, 40, 40), (60, 30, 30), (40, 80, 20), (20, 100, 20, 20), (20, 20, 20, 20, 20, 20)]
+)
+def test_up_to_six_attacks_that_have_much_in_common_are_told_apart(sizes) -> None:
+    vectors, axes = vectors_with(), (0, 1, 3, 4, 5, 6)
     parts = np.split(np.flatnonzero(LABELS == 1)[: sum(sizes)], np.cumsum(sizes)[:-1])
     for axis, part in zip(axes, parts, strict=False):
         vectors[part] = shared(axis, None, len(part))
@@ -388,6 +413,25 @@ def test_any_number_of_attacks_that_have_much_in_common_are_told_apart(sizes) ->
         np.testing.assert_array_equal(rows.places[found.flagged], part)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_weak_block_of_one_cause_is_left_in_one_piece(seed: int) -> None:
+    """Its cosines scatter as much as they are large."""
+    rng, size = np.random.default_rng(seed), 150
+    scale = np.r_[0.0, np.arange(1, 256) ** -0.3]
+    scale /= np.linalg.norm(scale)
+    vectors, clean = rng.normal(size=(1500, 256)) * scale, rng.normal(size=(600, 256)) * scale
+    vectors[:size, 0] += 0.3 * np.exp(0.5 * rng.normal(size=size))
+    affected = rng.normal(size=256) * scale + 0.45 * np.eye(256)[0]
+    vectors, clean, affected = unit(vectors), unit(clean), unit(affected)
+    rows = Rows(Vectors(vectors, {}), np.arange(1500))
+    controls = Controls((clean @ vectors.T).astype(np.float32), 0.05)
+    block = rows.grow((affected @ vectors.T).astype(np.float32), 16, 5)
+    found = controls.judge(rows, block, 5)
+    assert found.flagged[:size].mean() > 0.8
+    whole = controls.judge(rows, block, 5, one_cause=False)
+    np.testing.assert_array_equal(found.flagged, whole.flagged)
+
+
 @pytest.mark.parametrize("strengths", [(20.0, 20.0), (8.0, 24.0)])
 def test_strong_and_weak_rows_of_one_attack_have_one_cause(strengths: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
@@ -395,15 +439,15 @@ def test_strong_and_weak_rows_of_one_attack_have_one_cause(strengths: tuple[floa
     vectors[:, 0] += np.linspace(*strengths, 120)
     cosines = (unit(vectors) @ unit(vectors).T).astype(np.float32)
     np.fill_diagonal(cosines, np.nan)
-    assert halves(cosines) is None
+    assert separate(cosines) is None
     vectors[:50, 0] = rng.normal(size=50)
     vectors[:50, 1] += np.linspace(*strengths, 50)
     cosines = (unit(vectors) @ unit(vectors).T).astype(np.float32)
     np.fill_diagonal(cosines, np.nan)
-    found = halves(cosines)
+    found = separate(cosines)
     assert found is not None
     np.testing.assert_array_equal(found if found[0] else ~found, np.arange(120) < 50)
-    assert halves(cosines[35:65, 35:65]) is None  # too few to tell
+    assert separate(cosines[35:65, 35:65]) is None  # too few to tell
 
 
 def test_equal_directions_are_no_reason_for_infinite_scores() -> None:
@@ -449,7 +493,7 @@ def test_two_fifths_of_a_direction_are_one_cause(
     within: float, other: float, between: float, one_cause: bool
 ) -> None:
     parts = {(0, 0): within, (1, 1): other, (0, 1): between}
-    found = halves(cosines_of(parts, (20, 20)))
+    found = separate(cosines_of(parts, (20, 20)))
     assert (found is None) == one_cause
     assert found is None or len({*found[:20]}) == len({*found[20:]}) == 1
 
@@ -457,7 +501,7 @@ def test_two_fifths_of_a_direction_are_one_cause(
 def test_two_attacks_are_told_apart_by_what_and_not_by_how_much_they_share() -> None:
     """Each has rows that share a lot and rows that share a little."""
     parts = {(0, 0): 0.8, (0, 1): 0.16, (1, 1): 0.032, (2, 2): 0.8, (2, 3): 0.16, (3, 3): 0.032}
-    found = halves(cosines_of(parts, (20, 40, 20, 40)))
+    found = separate(cosines_of(parts, (20, 40, 20, 40)))
     assert found is not None
     np.testing.assert_array_equal(found if found[0] else ~found, np.arange(120) < 60)
 
