@@ -1,16 +1,18 @@
 """What the detector is meant to reach, and whether the models measured last reach it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.detection_rows import (
+    NONE,
+    OLDER,
     TITLES,
     Models,
     epochs,
     intervals_held,
     mean,
-    of,
     runs_of,
+    runs_with_flags,
     spread,
     version,
 )
@@ -23,17 +25,19 @@ FROM_ONE = {  # recall and precision from one affected input
     "smooth_1": (0.98, 0.97),
     "blended_1": (0.98, 0.97),
     "badnets_025": (0.93, 0.95),
+    "smooth_025": (0.93, 0.95),
     "badnets_all": (0.95, 0.9),
     "two": (0.95, 0.9),
 }
 SCANNED = ("badnets_1", "smooth_1", "blended_1", "badnets_025")
 REPAIRED = (*FROM_ONE, "sig_1")
 COSTS = (  # which of `PARTS`, and how many epochs at most
-    ("an investigation beyond the factors: a quarter of an epoch", 1, 0.25),
+    ("an investigation beyond factors and directions: a quarter of an epoch", 1, 0.25),
     ("a scan of all classes, with factors and directions: 3 epochs", 2, 3.0),
 )
 KINDS = {"scan": "scan of the training set alone", "scan_inputs": "scan from untriggered inputs"}
 HEAD = ["aim", "measured (models)", "reached"]
+NOT = ["not measured", NONE]
 
 
 def answer(reached: bool, models: int) -> str:
@@ -44,121 +48,128 @@ def answer(reached: bool, models: int) -> str:
 
 
 def aims(models: Models) -> list[list[str]]:
-    """Compare what was measured last with every aim: a row for each that was measured."""
-    newest = max(map(version, models.values()), default=1)
-    latest = {
-        attack: [model for model in (of(models, attack) or [[]])[0] if version(model) == newest]
-        for attack in TITLES
-    }
+    """Compare what was measured with every aim; a row for each.
+
+    Each is of the latest version of the detector that was asked, marked if that is not the last.
+    """
     rows = [
-        *(_from_one(attack, latest[attack], *least) for attack, least in FROM_ONE.items()),
-        _apart(latest["two"]),
-        _alarms(latest["clean"]),
-        _intervals([model for found in latest.values() for model in found]),
-        *(_repaired(attack, latest[attack], name) for attack in REPAIRED for name in ("eu", "cf")),
-        *(_scanned(attack, latest[attack], kind) for kind in KINDS for attack in SCANNED),
-        *(_silent(latest["clean"], kind) for kind in KINDS),
-        *_costs([model for found in latest.values() for model in found]),
+        *(_from_one(models, attack, *least) for attack, least in FROM_ONE.items()),
+        _apart(models),
+        _alarms(models),
+        _intervals(models),
+        *(_repaired(models, attack, name) for attack in REPAIRED for name in ("eu", "cf")),
+        *(_scanned(models, attack, kind) for kind in KINDS for attack in SCANNED),
+        *(_silent(models, kind) for kind in KINDS),
+        *(_cost(models, *cost) for cost in COSTS),
     ]
-    return [row for row in rows if row]
+    return rows if models else []
 
 
-def _from_one(attack: str, found: Found, recall: float, precision: float) -> list[str]:
-    runs = runs_of(found, "0.05")
-    if not runs:
-        return []
-    reached = [[mean(run[key] for run in own) for own in runs] for key in ("tpr", "precision")]
-    means = [mean(values) or 0.0 for values in reached]
+def _latest(
+    models: Models, attacks: Iterable[str], measured: Callable[[dict[str, Any]], Any]
+) -> tuple[Found, str]:
+    """Pick the models of some attacks that have a figure, of one version; mark an earlier one."""
+    chosen = [one for one in models.values() if one["attack"] in attacks and measured(one)]
+    last = max(map(version, chosen), default=0)
+    mark = OLDER if last < max(map(version, models.values()), default=0) else ""
+    return [one for one in chosen if version(one) == last], mark
+
+
+def _from_one(models: Models, attack: str, recall: float, precision: float) -> list[str]:
+    found, mark = _latest(models, (attack,), lambda model: runs_of([model], "0.05"))
     least = f"recall {100 * recall:.0f}, precision {100 * precision:.0f} %"
-    return [
-        f"{TITLES[attack]}, one affected input: {least}",
-        f"{spread(reached[0])}, {spread(reached[1])}",
-        answer(means[0] >= recall and means[1] >= precision, len(runs)),
-    ]
+    aim = f"{TITLES[attack]}, one affected input: {least}"
+    if not found:
+        return [aim, *NOT]
+    runs = runs_of(found, "0.05")
+    rates = [[mean(run[key] for run in own) for own in runs] for key in ("tpr", "precision")]
+    reached = (mean(rates[0]) or 0) >= recall and (mean(rates[1]) or 0) >= precision
+    return [aim, f"{spread(rates[0])}, {spread(rates[1])}{mark}", answer(reached, len(runs))]
 
 
-def _apart(found: Found) -> list[str]:
-    told = [model["apart"] for model in found if "apart" in model]
+def _apart(models: Models) -> list[str]:
+    found, mark = _latest(models, ("two",), lambda model: "apart" in model)
+    aim = "two attacks: their inputs make two incidents"
+    if not found:
+        return [aim, *NOT]
+    told = [model["apart"] for model in found]
     right = sum(one["incidents"] == 2 and not one["mixed"] for one in told)
-    if not told:
-        return []
-    return [
-        "two attacks: their inputs make two incidents",
-        f"{right} of {len(told)}",
-        answer(right == len(told), len(told)),
-    ]
+    return [aim, f"{right} of {len(told)}{mark}", answer(right == len(told), len(told))]
 
 
-def _alarms(found: Found) -> list[str]:
+def _alarms(models: Models) -> list[str]:
+    found, mark = _latest(models, ("clean",), lambda model: model["innocent"]["inputs"])
+    aim = "clean models: alarms on at most 2 % of inputs"
+    if not found:
+        return [aim, *NOT]
     asked = sum(model["innocent"]["inputs"] for model in found)
     alarms = sum(model["innocent"]["alarms"] for model in found)
-    if not asked:
-        return []
-    return [
-        "clean models: alarms on at most 2 % of inputs",
-        f"{alarms} of {asked} ({len(found)})",
-        answer(alarms <= 0.02 * asked, len(found)),
-    ]
+    shown = f"{alarms} of {asked} ({len(found)}){mark}"
+    return [aim, shown, answer(alarms <= 0.02 * asked, len(found))]
 
 
-def _intervals(found: Found) -> list[str]:
+def _intervals(models: Models) -> list[str]:
+    found, mark = _latest(models, TITLES, lambda model: runs_with_flags([model], "0.05"))
+    aim = "false flags within their interval on 90 % of models that flag any, at 5 and 10 %"
+    if not found:
+        return [aim, *NOT]
     held = [intervals_held(found, rate) for rate in ("0.05", "0.1")]
-    if not held[0][1]:
-        return []
-    return [
-        "false flags within their interval on 90 % of models, at 5 and 10 %",
-        ", ".join(f"{inside} of {known}" for inside, known in held),
-        answer(all(inside >= 0.9 * known for inside, known in held), held[0][1]),
-    ]
+    shown = ", ".join(f"{inside} of {known}" for inside, known in held)
+    reached = all(inside >= 0.9 * known for inside, known in held)
+    return [aim, shown + mark, answer(reached, held[0][1])]
 
 
-def _repaired(attack: str, found: Found, name: str) -> list[str]:
-    parts = [model["repair"] for model in found if model.get("repair")]
-    if not parts:
-        return []
+def _repaired(models: Models, attack: str, name: str) -> list[str]:
+    found, mark = _latest(models, (attack,), lambda model: model.get("repair"))
+    aim = (
+        f"{TITLES[attack]}, after {name.upper()}: every PSR below 5 %, on average accuracy within "
+        "0.5 points of a model without the poison"
+    )
+    if not found:
+        return [aim, *NOT]
+    parts = [model["repair"] for model in found]
     success = [rate for part in parts for rate in part[name]["psr"]]
     without = [rate for part in parts for rate in part["clean"]["psr"]]
     lost = [part["clean"]["accuracy"] - part[name]["accuracy"] for part in parts]
+    shown = f"PSR {spread(success)}, without poison {spread(without)}; lost {spread(lost)}{mark}"
     reached = max(success) < 0.05 and (mean(lost) or 0.0) <= 0.005
-    return [
-        f"{TITLES[attack]}, after {name.upper()}: every PSR below 5 %, accuracy within 0.5 points "
-        "of a model without the poison",
-        f"PSR {spread(success)}, without poison {spread(without)}; lost {spread(lost)}",
-        answer(reached, len(parts)),
-    ]
-
-
-def _scanned(attack: str, found: Found, kind: str) -> list[str]:
-    parts = [model[kind] for model in found]
-    if not parts:
-        return []
-    alarms, share = sum(part["alarm"] for part in parts), 0.9 if kind == "scan" else 0.8
-    reached, shown = alarms >= share * len(parts), f"{alarms} of {len(parts)}"
-    aim = f"{TITLES[attack]}, {KINDS[kind]}: found on {100 * share:.0f} % of models"
-    if kind == "scan" and attack != "badnets_025":
-        rates = [[part[key] or 0.0 for part in parts] for key in ("tpr", "precision")]
-        aim += ", recall and precision 95 %"
-        shown += f"; {spread(rates[0])}, {spread(rates[1])}"
-        reached = reached and all((mean(values) or 0.0) >= 0.95 for values in rates)
     return [aim, shown, answer(reached, len(parts))]
 
 
-def _silent(found: Found, kind: str) -> list[str]:
-    alarms = sum(model[kind]["alarm"] for model in found)
+def _scanned(models: Models, attack: str, kind: str) -> list[str]:
+    """Found is an alarm by a block that holds poison, whether inputs or rows led to it."""
+    found, mark = _latest(models, (attack,), lambda model: model.get(kind))
+    share, strict = (0.9, attack != "badnets_025") if kind == "scan" else (0.8, False)
+    aim = f"{TITLES[attack]}, {KINDS[kind]}: found on {100 * share:.0f} % of models"
+    aim += ", recall and precision 95 %" if strict else ""
     if not found:
-        return []
-    return [
-        f"clean models, {KINDS[kind]}: at most 1 alarm of 10",
-        f"{alarms} of {len(found)}",
-        answer(alarms <= 0.1 * len(found), len(found)),
-    ]
+        return [aim, *NOT]
+    parts = [model[kind] for model in found]
+    hits = sum(any(b["suspected"] and b["planted"] for b in part["blocks"]) for part in parts)
+    reached, shown = hits >= share * len(parts), f"{hits} of {len(parts)}"
+    if kind == "scan_inputs":
+        shown += f"; inputs point to it on {sum(part['pointed'] > 0 for part in parts)}"
+    if strict:
+        rates = [[part[key] or 0.0 for part in parts] for key in ("tpr", "precision")]
+        shown += f"; {spread(rates[0])}, {spread(rates[1])}"
+        reached = reached and all((mean(values) or 0.0) >= 0.95 for values in rates)
+    return [aim, shown + mark, answer(reached, len(parts))]
 
 
-def _costs(found: Found) -> Iterable[list[str]]:
+def _silent(models: Models, kind: str) -> list[str]:
+    found, mark = _latest(models, ("clean",), lambda model: model.get(kind))
+    aim = f"clean models, {KINDS[kind]}: at most 1 alarm of 10"
+    if not found:
+        return [aim, *NOT]
+    alarms = sum(model[kind]["alarm"] for model in found)
+    return [aim, f"{alarms} of {len(found)}{mark}", answer(alarms <= 0.1 * len(found), len(found))]
+
+
+def _cost(models: Models, aim: str, place: int, most: float) -> list[str]:
     """Epochs of training, of models that were measured with nothing beside them."""
-    known = epochs(found)
-    for aim, place, most in COSTS if known else ():
-        values = [value for value in known[place] if value is not None]
-        if values:
-            reached = (mean(values) or 0.0) <= most
-            yield [aim, spread(values, 1.0), answer(reached, len(values))]
+    found, mark = _latest(models, TITLES, lambda model: any(epochs([model])[place : place + 1]))
+    values = [value for value in (epochs(found) or [[]] * 4)[place] if value is not None]
+    if not values:
+        return [aim, *NOT]
+    reached = (mean(values) or 0.0) <= most
+    return [aim, spread(values, 1.0) + mark, answer(reached, len(values))]
