@@ -129,7 +129,7 @@ def audit(
         detection=detection_quality(exhibits.flags, exhibits.truth),
         published=detection_quality(exhibits.published, exhibits.truth),
         detector_verdict=exhibits.flags.verdict,
-        incidents=_incidents(exhibits),
+        incidents=incidents(exhibits),
         num_train=len(exhibits.train),
         num_flagged=int(exhibits.flags.mask.sum()),
         emptied_classes=emptied_classes(exhibits.train, exhibits.flags),
@@ -163,7 +163,8 @@ def _affected(exhibits: Exhibits) -> list[Affected]:
     ]
 
 
-def _incidents(exhibits: Exhibits) -> list[IncidentQuality]:
+def incidents(exhibits: Exhibits) -> list[IncidentQuality]:
+    """Tell what the affected inputs implicate, by the names of classes and inputs."""
     return [
         IncidentQuality(
             affected=[str(exhibits.affected.ids[number]) for number in incident.affected],

@@ -170,6 +170,18 @@ def test_the_chance_that_a_rival_is_none_counts_all_labels() -> None:
     assert pointed.rival(0, chance * 0.999) is None
 
 
+def test_four_blocks_one_behind_the_other_are_all_flagged() -> None:
+    blocks = [np.arange(start, 1200, 30) for start in (0, 7, 14, 21)]
+    vectors = vectors_with(*blocks)
+    strengths = np.array([12.0, 10.0, 8.0, 6.5])
+    affected = np.random.default_rng(3).normal(size=WIDTH)
+    affected[:4] += strengths
+    flags = detect(case_of(vectors, [unit(affected)], LABELS), subpopulation=None)
+    shares = [flags.mask[block].mean() for block in blocks]
+    assert min(shares) > 0.9, shares
+    assert of_inputs(flags).p_value_left > 0.01
+
+
 def test_a_block_beyond_the_last_that_is_taken_out_is_told(monkeypatch) -> None:
     both = unit(towards(0, 3) + 0.8 * towards(1, 4))
     case = case_of(vectors_with(BLOCK, OTHER), [both], LABELS)

@@ -9,7 +9,9 @@ import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from defense.html import render
 from defense.lineage import verify_lineage
+from defense.report import read_report
 from tests.pipeline.conftest import run, set_params, stage
 
 
@@ -120,6 +122,16 @@ def test_report_opens_offline(clone: Path) -> None:
     assert "<script" not in text
     for evidence in load(clone / "reports" / "audit.json")["artifacts"].values():
         assert evidence["sha256"] in text
+
+
+def test_advice_about_labels_is_on_the_page_if_there_is_any(clone: Path) -> None:
+    report = read_report(clone / "reports" / "audit.json")
+    pictures = file_bytes(clone / "reports" / "plots")
+    assert "look among all rows" not in render(report, pictures)
+    first, *others = report.incidents
+    advised = [first.model_copy(update={"rival": "7"}), *others]
+    page = render(report.model_copy(update={"incidents": advised}), pictures)
+    assert "<strong>7 is not the predicted label: look among all rows" in page
 
 
 def test_counterfactuals_tell_the_cause_from_other_rows(home: Path) -> None:

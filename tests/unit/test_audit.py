@@ -1,11 +1,13 @@
 """The audit's arithmetic: denominators, success, and the list of flagged rows."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from defense.audit import AuditSettings, flags_csv, is_success
+from defense.audit import AuditSettings, flags_csv, incidents, is_success
+from defense.evidence import Incident
 from defense.metrics import detection_quality, model_quality
 from defense.records import Flags, Split, Truth
 from defense.report import ModelQuality, Rate
@@ -71,6 +73,24 @@ def test_detection_counts_against_the_truth() -> None:
     assert (everywhere.precision.successes, everywhere.precision.total) == (2, 4)
     # ranks 9 8 7 1 0 of the restricted rows: hits at places 1, 2 and 5
     assert restricted.average_precision == pytest.approx((1 + 1 + 3 / 5) / 3)
+
+
+def test_incidents_are_told_by_the_names_of_classes_and_inputs(split: Split) -> None:
+    flags = Flags(np.zeros(2, np.float32), 0.0, np.ones(2, bool), np.ones(2, bool))
+    told = Incident((1,), 2, 0.01, 100, 40, 0.05, (1.0, 0.0, 4.0), 0.5, (0.5, 3.0, 1.0, 0.1), 1)
+    silent = replace(told, rival=None)
+    exhibits = SimpleNamespace(
+        affected=split.test.take(np.arange(2)),
+        train=split.train,
+        flags=replace(flags, incidents=(told, silent)),
+    )
+    first, second = incidents(exhibits)
+    names = split.train.class_names
+    assert (first.label, first.rival, second.rival) == (names[2], names[1], None)
+    assert first.affected == [split.test.ids[1]]
+    assert list(first.enrichment) == [names[1], names[2], names[0], names[3]]
+    assert first.precision == (0.975, 0.9, 1.0)
+    assert (first.num_flagged, first.num_controls, first.p_value_left) == (40, 100, 0.5)
 
 
 def test_nothing_flagged_has_no_precision() -> None:
