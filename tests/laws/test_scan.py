@@ -16,8 +16,8 @@ from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings
 from defense.storage import load_scan, save_scan
 from tests.conftest import make_images
+from tests.laws.blocks import SIZE, towards, vectors_with
 from tests.laws.test_detectors import Vectors, unit
-from tests.laws.test_normalised_influence import SIZE, towards, vectors_with
 
 LABELS = np.arange(SIZE) % 4
 BLOCK = np.flatnonzero(LABELS == 1)[:40]

@@ -11,8 +11,7 @@ from defense.detectors.search import CleanInputs, Search
 from defense.detectors.subpopulation import subpopulation
 from defense.evidence import Incident
 from defense.records import Case, Flags
-from tests.laws.test_detectors import Vectors, unit
-from tests.laws.test_normalised_influence import (
+from tests.laws.blocks import (
     LABELS,
     SIZE,
     case_of,
@@ -20,6 +19,7 @@ from tests.laws.test_normalised_influence import (
     towards,
     vectors_with,
 )
+from tests.laws.test_detectors import Vectors, unit
 from tests.laws.test_scan import scanner_of
 
 HALF = np.flatnonzero(LABELS == 1)[::2]  # of class 1
