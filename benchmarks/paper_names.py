@@ -37,7 +37,7 @@ SEVERAL = {
 }
 UNLEARNERS = {
     "eu": "EU",
-    "cf": "CF, two fifths of the epochs, twice the rate",
+    "cf": "CF, two fifths of the epochs, thrice the rate",
     "cf_fifth": "CF, a fifth of the epochs",
     "cf_full": "CF, all epochs",
     "cf_last": "CF, last 2 layers",

@@ -10,7 +10,7 @@ from defense.recipe import Recipe
 from defense.records import Trained
 from defense.training import all_but_last
 
-TIMES = 2  # the original learning rate: at once that rate a backdoor often stays
+TIMES = 3  # the original learning rate: at once that rate a backdoor often stays
 
 
 class CatastrophicForgetting(Unlearner):
@@ -19,7 +19,7 @@ class CatastrophicForgetting(Unlearner):
     Attributes:
         budget: Epochs as a share of the epochs the suspect model was trained for; at least
             one epoch is run. 1 is the Delta-Influence authors' setting.
-        learning_rate: Peak learning rate; None takes twice that of the original training.
+        learning_rate: Peak learning rate; None takes three times that of the original training.
         last_layers: Train only the last so many convolutions and linear layers, with what
             follows them; None trains all.
     """
