@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from defense.evidence import Directions
 from defense.records import Mask
@@ -137,7 +138,8 @@ def separate(cosines: Reals) -> Mask | None:
     profiles = np.nan_to_num(cosines)
     profiles /= np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
     for count in range(2, min(CAUSES, len(cosines) // SMALLEST) + 1):
-        labels = KMeans(count, n_init=4, random_state=0).fit(profiles).labels_
+        with threadpool_limits(1, "openmp"):  # several threads wait ten times as long as they work
+            labels = KMeans(count, n_init=4, random_state=0).fit(profiles).labels_
         if np.bincount(labels).min() < SMALLEST:
             continue
         alone = np.flatnonzero((_shared(cosines, labels) < APART).all(1))
