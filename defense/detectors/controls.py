@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import betabinom, false_discovery_control
 
-from defense.detectors.coherence import SMALLEST, Block, Reals, Rows, medians, separate
+from defense.detectors.coherence import SMALLEST, Block, Reals, Rows, medians
 from defense.records import Mask, mask_of
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
@@ -212,7 +212,7 @@ class Controls:
 def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
     """Find flagged rows of another cause than the block's input has; None if all have one."""
     places = np.flatnonzero(flagged)
-    group = separate(rows.where(flagged).between(np.arange(len(places))))
+    group = rows.separate(flagged)
     if group is None:
         return None
     parts = places[group], places[~group]  # the larger one may hold several causes
