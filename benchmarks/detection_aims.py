@@ -58,6 +58,7 @@ def aims(models: Models) -> list[list[str]]:
         _alarms(models),
         _intervals(models),
         *(_repaired(models, attack, name) for attack in REPAIRED for name in ("eu", "cf")),
+        _needed(models, "sig_1"),
         *(_scanned(models, attack, kind) for kind in KINDS for attack in SCANNED),
         *(_silent(models, kind) for kind in KINDS),
         *(_cost(models, *cost) for cost in COSTS),
@@ -134,6 +135,17 @@ def _repaired(models: Models, attack: str, name: str) -> list[str]:
     shown = f"PSR {spread(success)}, without poison {spread(without)}; lost {spread(lost)}{mark}"
     reached = max(success) < 0.05 and (mean(lost) or 0.0) <= 0.005
     return [aim, shown, answer(reached, len(parts))]
+
+
+def _needed(models: Models, attack: str) -> list[str]:
+    """Say whether far fewer rows than the flags would do: not if a third of them does not."""
+    found, mark = _latest(models, (attack,), lambda model: "third" in (model.get("repair") or {}))
+    aim = f"{TITLES[attack]}, after EU without a third of the flags: half of the PSR is still there"
+    if not found:
+        return [aim, *NOT]
+    after = [one["repair"]["third"]["psr"] for one in found]
+    alive = all(max(left) >= max(one["psr"]) / 2 for one, left in zip(found, after, strict=True))
+    return [aim, spread(rate for left in after for rate in left) + mark, answer(alive, len(found))]
 
 
 def _scanned(models: Models, attack: str, kind: str) -> list[str]:

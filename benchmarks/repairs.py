@@ -13,17 +13,21 @@ from defense.compute import seeded
 from defense.contracts import Repair, Unlearner
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.prediction import predict
-from defense.records import Case, Flags, ImageSet, Queries
+from defense.records import Case, Flags, ImageSet, Queries, mask_of
 from defense.unlearning.fine_tuning import CatastrophicForgetting
 from defense.unlearning.retraining import ExactUnlearning
+from pipelines.stages.counterfactual import SHARE, foremost
 
+SMALLEST = {"sig_1"}  # attacks of which it is asked whether a third of the flags would do
 UNLEARNERS: dict[str, Unlearner] = {"eu": ExactUnlearning(), "cf": CatastrophicForgetting()}
 
 
 def repaired(suspect: Suspect) -> dict[str, Any]:
     """Remove what is flagged for one affected input of every attack, and measure the models.
 
-    Beside them stands the same model, trained without the poisons.
+    Beside them stands the same model, trained without the poisons, and for some attacks without
+    the most suspicious third of the flags: if that does not do, no set of a third of their size
+    is likely to.
 
     Returns:
         Flags, poison among them, and PSR of every attack and accuracy of every model; empty if
@@ -40,7 +44,11 @@ def repaired(suspect: Suspect) -> dict[str, Any]:
     hits = int((flags.mask & suspect.planted).sum())
     found: dict[str, Any] = {"flagged": int(flags.mask.sum()), "planted": hits}
     trainer = trainer_of(suspect.world, suspect.seed, "remediated", None)
-    found["clean"] = quality(suspect, trainer.fit(suspect.train.where(~suspect.planted)).model)
+    left_out = {"clean": suspect.planted}
+    if suspect.name in SMALLEST:
+        left_out["third"] = mask_of(foremost(flags, SHARE), len(flags.mask))
+    for name, mask in left_out.items():
+        found[name] = quality(suspect, trainer.fit(suspect.train.where(~mask)).model)
     forget, retain = suspect.train.where(flags.mask), suspect.train.where(~flags.mask)
     labelled = replace(affected[0], labels=np.full(1, target))
     for name, unlearner in UNLEARNERS.items():

@@ -95,14 +95,14 @@ def counterfactuals(
         "missed": missed,
         "any_poison": _draw(truth.poisoned, count, generator),
         "clean": _draw(clean, count, generator),
-        "third": mask_of(_foremost(flags, SHARE), len(found)),
+        "third": mask_of(foremost(flags, SHARE), len(found)),
     }
     nothing = {"nothing": np.zeros_like(found)}
     return nothing | {name: mask for name, mask in sets.items() if mask.any()}
 
 
-def _foremost(flags: Flags, share: float) -> np.ndarray:
-    """Name the flagged rows that are most suspicious."""
+def foremost(flags: Flags, share: float) -> np.ndarray:
+    """Name a share of the flagged rows, the most suspicious ones: ``[k]``."""
     rows = np.flatnonzero(flags.mask)
     order = np.argsort(-flags.suspicion[rows], kind="stable")
     return rows[order[: round(share * len(rows))]]

@@ -178,3 +178,16 @@ def test_intervals_hold_on_nine_tenths_of_models() -> None:
     aim = "false flags within their interval"
     assert one(aim, [wide(n, inside=n > 0) for n in range(10)]) == ("9 of 10, 9 of 10", "yes")
     assert one(aim, [wide(n, inside=n > 0) for n in range(9)])[1] == "**no**"
+
+
+@pytest.mark.parametrize(
+    ("left", "reached"), [(0.4, "yes, on fewer than 3 models"), (0.3, "**no**")]
+)
+def test_a_third_of_the_flags_is_too_few_if_half_of_the_success_is_left(left, reached: str) -> None:
+    title = "SIG 1 %, after EU without a third of the flags"
+    part = {"psr": [0.0], "accuracy": 0.8}
+    repair = {"clean": part, "eu": part, "cf": part}
+    asked = poisoned(2, attack="sig_1", psr=[0.7], repair=repair | {"third": {"psr": [left]}})
+    before = poisoned(3, attack="sig_1", psr=[0.7], repair=repair)  # of before it was asked
+    assert one(title, [asked, before]) == (f"{100 * left:.1f} (1)", reached)
+    assert one(title, [before]) == tuple(NOT)
