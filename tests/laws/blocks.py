@@ -7,7 +7,7 @@ from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.evidence import Incident
 from defense.records import Case, Flags, ImageSet, Queries
 from tests.conftest import make_images
-from tests.laws.test_detectors import Flat, Vectors, unit
+from tests.laws.cases import Flat, Vectors, unit
 
 SIZE, WIDTH = 2000, 256
 LABELS = np.where(np.arange(SIZE) < 1600, 1, np.arange(SIZE) % 4)

@@ -20,7 +20,7 @@ from tests.laws.blocks import (
     towards,
     vectors_with,
 )
-from tests.laws.test_detectors import Vectors, unit
+from tests.laws.cases import Vectors, unit
 
 
 def test_tells_two_incidents_apart_and_joins_inputs_of_one() -> None:

@@ -21,7 +21,7 @@ from tests.laws.blocks import (
     towards,
     vectors_with,
 )
-from tests.laws.test_detectors import Vectors, unit
+from tests.laws.cases import Vectors, unit
 
 
 def test_growing_leaves_a_row_out_of_its_own_judgement() -> None:

@@ -21,7 +21,7 @@ from defense.recipe import Recipe
 from defense.records import ImageSet
 from defense.victim import make_trainer
 from tests.conftest import make_images
-from tests.laws.test_detectors import Vectors, unit
+from tests.laws.cases import Vectors, unit
 
 FLIPPED = 24
 

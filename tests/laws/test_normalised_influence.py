@@ -21,7 +21,7 @@ from tests.laws.blocks import (
     towards,
     vectors_with,
 )
-from tests.laws.test_detectors import unit
+from tests.laws.cases import unit
 
 
 def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:

@@ -1,64 +1,18 @@
 """What a scan promises: it finds planted blocks, tells natural ones apart, and alarms rarely."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from defense.detectors.search import CleanInputs
 from defense.detectors.subpopulation import Subpopulation
-from defense.evidence import Scan
-from defense.independent import Agreement
 from defense.records import ImageSet
-from defense.scan import Scanner, ScanSettings
 from defense.storage import load_scan, save_scan
 from tests.conftest import make_images
 from tests.laws.blocks import SIZE, towards, vectors_with
-from tests.laws.test_detectors import Vectors, unit
-
-LABELS = np.arange(SIZE) % 4
-BLOCK = np.flatnonzero(LABELS == 1)[:40]
-OTHER = np.flatnonzero(LABELS == 2)[5:23]  # less than a twentieth of its class
-
-
-def scanner_of(
-    vectors: np.ndarray,
-    *,
-    planted: np.ndarray = BLOCK,
-    known: dict[bytes, np.ndarray] | None = None,
-    skill: float = 0.7,
-    learns_in: int = 1,
-    labels: np.ndarray = LABELS,
-    **options: float,
-) -> Scanner:
-    """A scanner whose independent model knows a share of labels, and gives planted rows a 3."""
-    train = make_images(SIZE, seed=8)
-    train = ImageSet(train.pixels, labels, *list(vars(train).values())[2:])
-    said = np.where(np.random.default_rng(2).random(SIZE) < skill, labels, (labels + 1) % 4)
-    said[planted] = 3
-    answers = dict(zip(train.ids.tolist(), said.tolist(), strict=True))
-    seen, trained = list[str](), list[int]()
-
-    def independent(rows: ImageSet, epochs: int) -> Callable[[ImageSet], np.ndarray]:
-        seen.extend(rows.ids.tolist())
-        trained.append(epochs)
-        if epochs < learns_in:
-            return lambda images: np.zeros(len(images), dtype=np.int64)
-        return lambda images: np.array([answers[name] for name in images.ids])
-
-    clean = CleanInputs(make_images(800, seed=8), torch.Generator().manual_seed(0))
-    scanner = Scanner(
-        ScanSettings(**options), train, Vectors(vectors, known or {}), clean, independent
-    )
-    scanner.seen, scanner.trained = seen, trained
-    return scanner
-
-
-def rows_of(scan: Scan) -> list[tuple[int, bool]]:
-    return [(block.label, block.suspected) for block in scan.blocks]
+from tests.laws.cases import unit
+from tests.laws.scanners import BLOCK, LABELS, OTHER, rows_of, scanner_of
 
 
 def test_finds_a_planted_block_and_tells_a_natural_one_apart() -> None:
@@ -77,52 +31,6 @@ def test_finds_a_planted_block_and_tells_a_natural_one_apart() -> None:
     assert natural.agreement == pytest.approx(natural.usual_agreement, abs=0.2)
 
 
-def test_the_independent_model_never_sees_a_block_nor_what_it_is_compared_with() -> None:
-    scanner = scanner_of(vectors_with(BLOCK))
-    scan = scanner.rows(seed=0)
-    (block,) = scan.blocks
-    unseen = set(scanner.train.ids.tolist()) - set(scanner.seen)
-    assert set(scanner.train.ids[block.rows].tolist()) <= unseen
-    assert len(unseen) == block.rows.sum() + block.num_held_out
-    assert block.num_held_out == scanner.settings.held_out
-
-
-def test_an_independent_model_that_knows_too_little_is_trained_for_longer() -> None:
-    scanner = scanner_of(vectors_with(OTHER), planted=OTHER[:0], learns_in=4)
-    (block,) = scanner.rows(seed=0).blocks
-    assert not block.suspected
-    assert scanner.trained == [1, 4]
-
-
-def test_a_block_that_nobody_can_vouch_for_is_suspected() -> None:
-    scanner = scanner_of(vectors_with(OTHER), planted=OTHER[:0], learns_in=100)
-    (block,) = scanner.rows(seed=0).blocks
-    assert block.suspected
-    assert block.usual_agreement == 0
-    assert scanner.trained == [1, 4, 16]
-
-
-def test_what_a_model_learns_of_a_small_class_is_repeated() -> None:
-    labels = np.where((LABELS != 1) | (np.arange(SIZE) < 400), LABELS, 0)
-    scanner = scanner_of(vectors_with(BLOCK), labels=labels)
-    (block,) = scanner.rows(seed=0).suspected
-    names = scanner.train.ids[(labels == 1) & ~block.rows]
-    learnt = [name for name in scanner.seen if name in set(names.tolist())]
-    unseen = block.rows.sum() + block.num_held_out
-    assert len(set(learnt)) == len(names) - block.num_held_out
-    assert len(learnt) == (SIZE - unseen) // 4
-    assert len(scanner.seen) - len(learnt) == (labels != 1).sum()
-
-
-def test_where_no_test_could_tell_the_share_decides() -> None:
-    """Ten rows to compare with cannot bring a p-value of 1e-12, however long the training."""
-    scanner = scanner_of(vectors_with(BLOCK, OTHER), held_out=10, alarm=1e-12)
-    scan = scanner.rows(seed=0)
-    assert sorted(rows_of(scan)) == [(1, True), (2, False)]
-    assert min(block.p_value for block in scan.suspected) > scan.alarm
-    assert scanner.trained == [1, 4, 16]
-
-
 def test_a_class_without_clean_inputs_is_named_and_the_others_are_scanned() -> None:
     scanner = scanner_of(vectors_with(BLOCK))
     mixed = scanner.search.clean.mixed
@@ -131,13 +39,6 @@ def test_a_class_without_clean_inputs_is_named_and_the_others_are_scanned() -> N
     assert scan.unchecked == (2,)
     assert replace(scan, blocks=()).verdict == "not measured"
     assert [block.label for block in scan.suspected] == [1]
-
-
-def test_half_of_a_small_class_is_left_to_learn_from() -> None:
-    scanner = scanner_of(vectors_with(BLOCK), held_out=10_000)
-    (block,) = scanner.rows(seed=0).suspected
-    rest = (scanner.train.labels == 1).sum() - block.rows.sum()
-    assert block.num_held_out == rest // 2
 
 
 def test_a_class_with_few_rows_is_not_looked_at() -> None:
@@ -303,80 +204,6 @@ def test_a_class_of_fewer_than_twenty_rows_is_not_looked_at() -> None:
     for count, unchecked in ((19, (1,)), (20, ())):
         labels = np.where((LABELS != 1) | (np.arange(SIZE) < 4 * count), LABELS, 0)
         assert scanner_of(vectors_with(), labels=labels).rows(seed=0).unchecked == unchecked
-
-
-def test_a_class_that_is_a_block_as_a_whole_is_suspected_without_longer_training() -> None:
-    labels = np.where((LABELS != 1) | np.isin(np.arange(SIZE), BLOCK), LABELS, 0)
-    scanner = scanner_of(vectors_with(BLOCK), labels=labels)
-    (block,) = scanner.rows(seed=0).suspected
-    assert (block.rows.sum(), block.num_held_out) == (len(BLOCK), 0)
-    assert scanner.trained == [1]
-
-
-def test_nothing_is_repeated_of_a_class_with_half_of_an_even_share() -> None:
-    scanner = scanner_of(vectors_with(BLOCK))  # 360 of 1,860 rows are left of it
-    scanner.rows(seed=0)
-    assert len(scanner.seen) == len({*scanner.seen})
-
-
-def test_no_more_rows_are_learnt_from_than_asked_for() -> None:
-    scanner = scanner_of(vectors_with(BLOCK), max_rows=1000)
-    assert scanner.rows(seed=0).suspected
-    assert len(scanner.seen) == 1000
-
-
-def test_more_rows_are_learnt_from_before_they_are_repeated() -> None:
-    settings = ScanSettings(max_rows=1000)
-    assert [*settings.efforts(900)] == [(900, 1), (900, 4), (900, 16)]
-    assert [*settings.efforts(2000)] == [(1000, 1), (2000, 2), (2000, 8)]
-    assert [*settings.efforts(20_000)] == [(1000, 1), (4000, 1), (16_000, 1)]
-    twice = ScanSettings(max_rows=1000, epochs=2, max_epochs=10)
-    assert [*twice.efforts(8000)] == [(1000, 2), (4000, 2), (5000, 2)]
-    assert [*ScanSettings(max_rows=None, max_epochs=1).efforts(50)] == [(50, 1)]
-    scanner = scanner_of(vectors_with(BLOCK), max_rows=1000, learns_in=8)
-    assert scanner.rows(seed=0).suspected
-    assert scanner.trained == [1, 2, 9]
-    left = SIZE - len(BLOCK) - 100
-    assert len(scanner.seen) == 1000 + 2 * left
-
-
-def test_the_alarm_is_for_all_blocks_together() -> None:
-    """A quarter of the labels of one of two blocks is right."""
-    options = {"planted": BLOCK[:30], "subpopulation": None}
-    vectors = vectors_with(BLOCK, OTHER)
-    blocks = scanner_of(vectors, **options).rows(seed=0).blocks
-    (planted,) = [block for block in blocks if block.label == 1]
-    assert len(blocks) == 2
-    assert planted.suspected
-    assert 0 < planted.agreement < 0.5 * planted.usual_agreement
-    assert planted.said_share == pytest.approx(30 / 40, abs=0.1)
-    for factor, suspected in ((1.9, False), (2.1, True)):
-        scanner = scanner_of(vectors, alarm=factor * planted.p_value, **options)
-        (planted,) = [block for block in scanner.rows(seed=0).blocks if block.label == 1]
-        assert planted.suspected == suspected
-
-
-def agreement(own: tuple[int, int], usual: tuple[int, int], chance: float = 0.1) -> Agreement:
-    parts = (np.arange(total) < agreeing for agreeing, total in (own, usual))
-    return Agreement(*parts, chance)
-
-
-def test_a_model_knows_a_class_by_twice_as_much_as_chance_or_half_way() -> None:
-    assert not agreement((9, 20), (19, 100)).knows
-    assert agreement((9, 20), (20, 100)).knows
-    assert not agreement((9, 20), (74, 100), chance=0.5).knows  # of two classes
-    assert agreement((9, 20), (75, 100), chance=0.5).knows
-    assert agreement((20, 20), (19, 100)).contradicted(0.01)  # for it cannot vouch for them
-
-
-def test_labels_are_contradicted_by_few_enough_and_by_the_test() -> None:
-    assert agreement((3, 20), (50, 100)).contradicted(0.01)
-    assert not agreement((27, 100), (50, 100)).contradicted(0.01)  # more than half as many
-    assert agreement((27, 100), (50, 100)).p_value(27) < 0.001
-    assert not agreement((4, 16), (50, 100)).contradicted(0.01)  # this may be chance
-    assert agreement((4, 16), (50, 100)).telling(0.01)
-    assert agreement((4, 16), (50, 100)).contradicted(1e-9)  # nothing could tell
-    assert agreement((20, 20), (50, 100)).p_value(20) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("more", "lacking"), [(20, [True]), (80, [False, True])])

@@ -19,8 +19,8 @@ from tests.laws.blocks import (
     towards,
     vectors_with,
 )
-from tests.laws.test_detectors import Vectors, unit
-from tests.laws.test_scan import scanner_of
+from tests.laws.cases import Vectors, unit
+from tests.laws.scanners import scanner_of
 
 HALF = np.flatnonzero(LABELS == 1)[::2]  # of class 1
 LARGE = np.flatnonzero(LABELS == 1)[::8]  # an eighth of it

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import make_images
-from tests.unit.test_resume import fit, score, small_model
+from tests.unit.fits import fit, score, small_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from defense.influence.sketch import Sketcher
 from defense.influence.store import DirectionSettings, build_store, load_store
 from defense.records import Factors
 from tests.conftest import KilledError, make_images
-from tests.unit.test_resume import fit, small_model
+from tests.unit.fits import fit, small_model
 
 LEADING = DirectionSettings(leading=(16, 3), sketch=2**14, batch_size=8).store()
 

@@ -9,7 +9,7 @@ import numpy as np
 import defense.checkpoints
 from defense.influence.network import Network
 from tests.conftest import make_images
-from tests.unit.test_resume import fit, score, small_model
+from tests.unit.fits import fit, score, small_model
 
 if __name__ == "__main__":
     scratch, result = map(Path, sys.argv[1:])

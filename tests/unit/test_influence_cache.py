@@ -17,7 +17,7 @@ from defense.influence.store import StoreSettings
 from defense.influence.task import CLASSIFICATION, Classification
 from defense.records import ImageSet, Queries
 from tests.conftest import KilledError, make_images
-from tests.unit.test_resume import fit, parts, score, small_model
+from tests.unit.fits import fit, parts, score, small_model
 
 
 @pytest.fixture

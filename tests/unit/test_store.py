@@ -19,7 +19,7 @@ from defense.influence.store import (
 )
 from defense.records import Queries
 from tests.conftest import KilledError, make_images
-from tests.unit.test_resume import fit, small_model
+from tests.unit.fits import fit, small_model
 
 WIDE = StoreSettings(components=96, sketch=2**16, batch_size=16)
 
