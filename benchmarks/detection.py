@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from benchmarks.detection_page import page
-from benchmarks.record import RESULTS, hardware, versions
+from benchmarks.record import RESULTS, versions
 from benchmarks.repairs import default_flags, repaired
 from benchmarks.suspects import ATTACKS, UNUSUAL, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
@@ -34,6 +34,7 @@ from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.evidence import Scan
 from defense.independent import independent_of
 from defense.labels import doubt_labels
+from defense.machine import hardware
 from defense.prediction import logits, predict
 from defense.records import Mask, PoisonedSplit, Truth
 from defense.scan import Scanner, ScanSettings

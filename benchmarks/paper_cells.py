@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, hardware
+from benchmarks.record import RESULTS
 from defense.artifacts import read_manifest
 from defense.errors import DefenseError
 from defense.metrics import detection_quality
@@ -122,7 +122,7 @@ def _attack(home: Path, folder: Path, name: str) -> tuple[str, Record]:
     where = {key: trained[key] for key in ("device", "torch")}
     cell: Record = {
         "settings": _settings(home, name, "influence"),
-        "hardware": hardware() | where if where["device"] == "cpu" else where,
+        "hardware": trained.get("hardware", {}) | where if where["device"] == "cpu" else where,
         "success": _read(folder / "metrics" / "train.json")["success"],
         "cpu_seconds": {stage: _cost(note) for stage, note in stages.items() if note},
         "detectors": {},

@@ -1,6 +1,5 @@
 """One shape for every result file: what was run, on what, and whether the bounds were met."""
 
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from defense.artifacts import write_json
+from defense.machine import hardware
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "dvc", "mlflow", "kronfluence")
@@ -41,28 +41,6 @@ def figure(
 def versions() -> dict[str, str]:
     """Name the versions of Python and of what matters here."""
     return {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
-
-
-def hardware() -> dict[str, Any]:
-    """Describe the machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _processor() -> str:
-    """Name the processor and the low-precision units that matter here."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-    flags = facts.get("flags", "").split()
-    units = [unit for unit in ("avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
-    family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
-    return f"{facts.get('model name', platform.processor())} ({family}; {', '.join(units)})"
 
 
 def save(name: str, command: str, figures: list[dict[str, Any]], **details: Any) -> None:

@@ -1,7 +1,6 @@
 """Record a run in MLflow. The only module that imports mlflow."""
 
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from defense.errors import DefenseError
+from defense.machine import git_state
 from defense.report import AuditReport, ModelQuality
 
 DIGEST_TAG = "lineage.digest"
@@ -181,18 +181,8 @@ def _artifacts(home: Path) -> list[Path]:
 
 def git_tags(home: Path) -> dict[str, str]:
     """Return the commit and whether tracked files differ from it; empty outside git."""
-    commit = _git(home, "rev-parse", "HEAD")
-    if commit is None:
+    state = git_state(home)
+    if not state:
         return {}
-    dirty = bool(_git(home, "status", "--porcelain", "--untracked-files=no"))
-    return {"mlflow.source.git.commit": commit, "git.dirty": str(dirty).lower()}
-
-
-def _git(home: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=home, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    dirty = str(state["dirty"]).lower()
+    return {"mlflow.source.git.commit": state["commit"], "git.dirty": dirty}

@@ -5,6 +5,8 @@ import logging
 import shutil
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,10 +52,15 @@ def main(stage: str, cell: str | None) -> None:
     shutil.rmtree(paths.scratch(stage), ignore_errors=True)
     if cell:  # for the tables; no output of DVC, because it differs from run to run
         passed = {name: None if resumed else end - start[name] for name, end in clocks().items()}
-        place = importlib.import_module("defense.compute").runs_on()
-        note = passed | place | {"settings": settings_of(params, paths, stage)}
+        note = passed | occasion() | {"settings": settings_of(params, paths, stage)}
         write_json(paths.metrics(stage).with_suffix(".run.json"), note)
     click.echo(done)
+
+
+def occasion() -> dict[str, Any]:
+    """Say when, from which commit and on what a stage ran; no stage depends on how that is said."""
+    here = importlib.import_module("defense.machine").occasion(Path())
+    return here | importlib.import_module("defense.compute").runs_on()
 
 
 def clocks() -> dict[str, float]:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import its own floor's package mates and anything below, never above.
 FLOORS = (
-    {"defense.errors", "defense.method"},
+    {"defense.errors", "defense.machine", "defense.method"},
     {"defense.artifacts", "defense.recipe", "defense.report"},
     {"defense.evidence", "defense.records", "defense.compute"},
     {"defense.checkpoints", "defense.phases", "defense.statistics"},

@@ -1,0 +1,39 @@
+"""The notes beside a run say when, from which commit and on what it ran."""
+
+import os
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from defense.machine import git_state, occasion
+
+
+def git(home: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=home, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_an_occasion_is_now_here_and_outside_git_without_a_commit(tmp_path: Path) -> None:
+    found = occasion(tmp_path)
+    age = datetime.now(UTC) - datetime.fromisoformat(found["finished"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+    assert found["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert found["hardware"]["processor"]
+    assert "commit" not in found
+
+
+def test_the_commit_is_named_and_whether_tracked_files_differ(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tracked = tmp_path / "tracked"
+    tracked.write_text("before")
+    git(tmp_path, "add", "tracked")
+    git(tmp_path, "commit", "-qm", "first")
+    known = {"commit": git(tmp_path, "rev-parse", "HEAD")}
+    (tmp_path / "other").touch()
+    assert git_state(tmp_path) == known | {"dirty": False}
+    tracked.write_text("after")
+    assert git_state(tmp_path) == known | {"dirty": True}
+    assert occasion(tmp_path).items() >= git_state(tmp_path).items()
