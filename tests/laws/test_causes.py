@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control
 
-from defense.detectors.coherence import Block, Rows, separate
+from defense.detectors.coherence import COMPONENTS, Block, Rows, separate
 from defense.detectors.controls import Controls, Finding, exceedance
 from defense.detectors.normalised_influence import together
 from tests.laws.blocks import (
@@ -200,6 +200,40 @@ def test_two_attacks_are_told_apart_by_what_and_not_by_how_much_they_share() -> 
     found = separate(cosines_of(parts, (20, 40, 20, 40)))
     assert found is not None
     np.testing.assert_array_equal(found if found[0] else ~found, np.arange(120) < 60)
+
+
+def test_causes_of_the_same_rows_are_looked_for_once(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "defense.detectors.coherence.separate",
+        lambda cosines: asked.append(len(cosines)) or separate(cosines),
+    )
+    vectors = vectors_with(BLOCK, OTHER, strength=24.0)
+    rows = Rows(Vectors(vectors, {}), np.arange(SIZE))
+    both = np.isin(np.arange(SIZE), [*BLOCK, *OTHER])
+    first, part = rows.separate(both), rows.where(LABELS == 1)
+    again = part.separate(both[LABELS == 1])
+    assert first is not None
+    np.testing.assert_array_equal(first, again)
+    assert asked == [both.sum()]
+    ours = np.isin(part.places, BLOCK)
+    assert part.separate(ours) is None
+    assert rows.separate(np.isin(rows.places, BLOCK)) is None
+    assert asked == [both.sum(), len(BLOCK)]
+
+
+@pytest.mark.parametrize("size", [2 * COMPONENTS, 600])
+def test_leading_components_tell_causes_apart_as_all_of_them_do(size: int) -> None:
+    """Twice as many rows as components, and many times as many."""
+    vectors = np.random.default_rng(size).normal(size=(size, WIDTH))
+    second = np.arange(size) >= size // 2
+    vectors[second, 1] += 16
+    vectors[~second, 0] += 16
+    cosines = (unit(vectors) @ unit(vectors).T).astype(np.float32)
+    np.fill_diagonal(cosines, np.nan)
+    found = separate(cosines)
+    assert found is not None
+    np.testing.assert_array_equal(found == found[0], second == second[0])
 
 
 def test_a_row_must_cohere_a_third_as_much_as_the_queries() -> None:
