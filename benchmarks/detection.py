@@ -44,6 +44,7 @@ COMMAND = "python -m benchmarks.detection --attack <attack> --seeds <seeds>"
 CHOSEN = {0, 1, 100, 101}  # seeds that settings were chosen on
 VERSION = 2  # of the detector; 2 has the three rules that were added last
 INNOCENT = 60  # inputs that are investigated
+SEVERAL = (1, 5, 10, 100)  # affected inputs of every attack, investigated together
 RATES = (0.02, 0.05, 0.1)  # false-discovery rates
 
 
@@ -109,7 +110,22 @@ def investigations(suspect: Suspect) -> dict[str, Any]:
         found["investigations"][f"{rate:g}"] = runs
     if len(images) > 1:
         found["apart"] = told_apart(suspect, images)
-    return found
+    return found | {"several": [several(suspect, count, label) for count in SEVERAL]}
+
+
+def several(suspect: Suspect, count: int, label: int) -> dict[str, Any]:
+    """Investigate several affected inputs of every attack together, or all, if they are fewer."""
+    chosen = [poisoned.probe.take(fooled(suspect, poisoned, count)[0])
+              for poisoned in suspect.poisoned]  # fmt: skip
+    flags = default_flags(suspect, chosen, label)
+    hits, flagged = int((flags.mask & suspect.planted).sum()), int(flags.mask.sum())
+    return {
+        "count": count,
+        "inputs": sum(map(len, chosen)),
+        "incidents": sum(bool(one.affected and one.num_flagged) for one in flags.incidents),
+        "tpr": hits / int(suspect.planted.sum()),
+        "precision": hits / flagged if flagged else None,
+    }
 
 
 def investigated(
@@ -281,8 +297,12 @@ def main(names: tuple[str, ...], seeds: str, *, repair: bool, alone: bool, work:
         for name in names:
             file = work / f"{name}-{seed}-v{VERSION}.json"
             if not file.exists():
-                suspect = make_suspect(name, seed, work / "scratch" / f"{name}-{seed}")
+                scratch = work / "scratch" / f"{name}-{seed}"
+                resumed = scratch.is_dir()
+                suspect = make_suspect(name, seed, scratch)
                 facts = measure(suspect, repair=repair, alone=alone)
+                if resumed:  # its training says nothing of how long an epoch takes
+                    facts["seconds"]["epoch"] = None
                 write_json(file, facts)
                 print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
     collect(work)

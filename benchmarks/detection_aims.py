@@ -9,8 +9,8 @@ from benchmarks.detection_rows import (
     TITLES,
     Models,
     epochs,
-    intervals_held,
     mean,
+    runs_held,
     runs_of,
     runs_with_flags,
     spread,
@@ -29,7 +29,8 @@ FROM_ONE = {  # recall and precision from one affected input
     "badnets_all": (0.95, 0.9),
     "two": (0.95, 0.9),
 }
-SCANNED = ("badnets_1", "smooth_1", "blended_1", "badnets_025")
+SCANNED = ("badnets_1", "smooth_1", "blended_1")
+FAINT = ("badnets_025", "smooth_025", "blended_025")  # of which only what a scan finds is asked
 REPAIRED = (*FROM_ONE, "sig_1")
 COSTS = (  # which of `PARTS`, and how many epochs at most
     ("an investigation beyond factors and directions: a quarter of an epoch", 1, 0.25),
@@ -59,7 +60,8 @@ def aims(models: Models) -> list[list[str]]:
         _intervals(models),
         *(_repaired(models, attack, name) for attack in REPAIRED for name in ("eu", "cf")),
         _needed(models, "sig_1"),
-        *(_scanned(models, attack, kind) for kind in KINDS for attack in SCANNED),
+        *(_scanned(models, attack, "scan") for attack in (*SCANNED, *FAINT)),
+        *(_scanned(models, attack, "scan_inputs") for attack in SCANNED),
         *(_silent(models, kind) for kind in KINDS),
         *(_cost(models, *cost) for cost in COSTS),
     ]
@@ -111,13 +113,14 @@ def _alarms(models: Models) -> list[str]:
 
 def _intervals(models: Models) -> list[str]:
     found, mark = _latest(models, TITLES, lambda model: runs_with_flags([model], "0.05"))
-    aim = "false flags within their interval on 90 % of models that flag any, at 5 and 10 %"
+    aim = "false flags within their interval on 90 % of investigations that flag any, at 5 and 10 %"
     if not found:
         return [aim, *NOT]
-    held = [intervals_held(found, rate) for rate in ("0.05", "0.1")]
+    held = [runs_held(found, rate) for rate in ("0.05", "0.1")]
     shown = ", ".join(f"{inside} of {known}" for inside, known in held)
     reached = all(inside >= 0.9 * known for inside, known in held)
-    return [aim, shown + mark, answer(reached, held[0][1])]
+    flagging = len(runs_with_flags(found, "0.05"))
+    return [aim, f"{shown} ({flagging}){mark}", answer(reached, flagging)]
 
 
 def _repaired(models: Models, attack: str, name: str) -> list[str]:
@@ -151,7 +154,7 @@ def _needed(models: Models, attack: str) -> list[str]:
 def _scanned(models: Models, attack: str, kind: str) -> list[str]:
     """Found is an alarm by a block that holds poison, whether inputs or rows led to it."""
     found, mark = _latest(models, (attack,), lambda model: model.get(kind))
-    share, strict = (0.9, attack != "badnets_025") if kind == "scan" else (0.8, False)
+    share, strict = (0.9, attack not in FAINT) if kind == "scan" else (0.8, False)
     aim = f"{TITLES[attack]}, {KINDS[kind]}: found on {100 * share:.0f} % of models"
     aim += ", recall and precision 95 %" if strict else ""
     if not found:

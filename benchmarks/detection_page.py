@@ -12,6 +12,7 @@ from benchmarks.detection_rows import (
     labels,
     repairs,
     scans,
+    several,
     table,
     times,
     unusual,
@@ -32,6 +33,8 @@ def page(models: Models) -> str:
         "attacks told apart",
         "alarms on innocent inputs",
     ]
+    joint = [f"{what}, {count}" for count in (1, 5, 10, 100)
+             for what in ("recall", "precision", "an incident per attack")]  # fmt: skip
     rates = [f"{what} at {rate} %" for rate in (2, 5, 10) for what in ("false flags", "inside")]
     classes = ["attack", "poisoned classes found", "recall", "precision", "inside",
                "alarms on clean classes"]  # fmt: skip
@@ -47,6 +50,7 @@ def page(models: Models) -> str:
     parts = (
         ("Aims", HEAD, aims(models)),
         ("One affected input", one, each(models, investigated)),
+        ("Several affected inputs", ["attack", *joint], each(models, several)),
         ("False discoveries", ["attack", *rates], each(models, controlled)),
         ("A class as a whole", classes, each(models, whole)),
         ("After removal", after, each(models, repairs)),

@@ -129,6 +129,12 @@ def intervals_held(found: list[dict[str, Any]], rate: str) -> tuple[int, int]:
     return sum(all(run["inside"] for run in own) for own in known), len(known)
 
 
+def runs_held(found: list[dict[str, Any]], rate: str) -> tuple[int, int]:
+    """Count the investigations whose interval holds the share of false flags, and all."""
+    runs = [run["inside"] for own in runs_with_flags(found, rate) for run in own]
+    return sum(runs), len(runs)
+
+
 def controlled(found: list[dict[str, Any]]) -> list[str]:
     """Share of false flags at three promised rates; models whose intervals all hold it."""
     cells = []
@@ -136,6 +142,21 @@ def controlled(found: list[dict[str, Any]]) -> list[str]:
         false = (mean(1 - run["precision"] for run in own) for own in runs_with_flags(found, rate))
         held, known = intervals_held(found, rate)
         cells += [spread(false), f"{held} of {known}" if known else NONE]
+    return cells
+
+
+def several(found: list[dict[str, Any]]) -> list[str]:
+    """Several affected inputs together: recall, precision, models with an incident per attack."""
+    models = [(model["several"], len(model["psr"])) for model in found if "several" in model]
+    cells = []
+    for place in range(max((len(parts) for parts, _ in models), default=0)):
+        parts = [own[place] for own, _ in models]
+        right = sum(own[place]["incidents"] == attacks for own, attacks in models)
+        cells += [
+            spread(part["tpr"] for part in parts),
+            spread(part["precision"] for part in parts),
+        ]
+        cells.append(f"{right} of {len(parts)}")
     return cells
 
 
@@ -217,7 +238,7 @@ def times(found: list[dict[str, Any]]) -> list[str]:
     return [spread(values, 1.0) for values in epochs(found)]
 
 
-def _sum(seconds: dict[str, float], parts: Iterable[str]) -> float | None:
-    """Epochs that parts take together; None if one was not run."""
-    known = [seconds.get(part) for part in parts]
-    return None if None in known else sum(filter(None, known)) / seconds["epoch"]
+def _sum(seconds: dict[str, Any], parts: Iterable[str]) -> float | None:
+    """Epochs that parts take together; None if one was not run, or the training was resumed."""
+    known: list[Any] = [seconds.get(part) for part in (*parts, "epoch")]
+    return None if None in known else float(sum(known[:-1]) / known[-1])

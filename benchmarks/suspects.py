@@ -208,8 +208,10 @@ def trainer_of(world: World, seed: int, stream: str, scratch: Path | None) -> Tr
     return make_trainer(world.architecture, world.recipe, seed=seed, stream=stream, scratch=scratch)
 
 
-def fooled(suspect: Suspect, poisoned: PoisonedSplit) -> tuple[NDArray[np.int64], float]:
+def fooled(
+    suspect: Suspect, poisoned: PoisonedSplit, count: int = AFFECTED
+) -> tuple[NDArray[np.int64], float]:
     """Draw images of the probe that an attack succeeds with, and tell its success rate."""
     hit = predict(suspect.model, poisoned.probe, label="probe") == poisoned.truth.target_class
     drawn = torch.randperm(int(hit.sum()), generator=seeded(suspect.seed, "affected")).numpy()
-    return np.flatnonzero(hit)[drawn[:AFFECTED]], float(hit.mean())
+    return np.flatnonzero(hit)[drawn[:count]], float(hit.mean())

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.detection_aims import FROM_ONE, NOT, SCANNED, aims
+from benchmarks.detection_aims import FAINT, FROM_ONE, NOT, SCANNED, aims
 
 QUIET = {"alarm": False, "tpr": None, "precision": None, "blocks": [], "pointed": 0}
 
@@ -111,8 +111,11 @@ def test_alarms_on_inputs_and_of_scans_of_clean_models_are_counted() -> None:
         assert one(aim, [model(11, **{kind: scan()}), *quiet[:8]])[1] == "**no**"
 
 
-@pytest.mark.parametrize("attack", SCANNED)
-@pytest.mark.parametrize(("kind", "most"), [("scan", 1), ("scan_inputs", 2)])
+@pytest.mark.parametrize(
+    ("attack", "kind", "most"),
+    [(attack, "scan", 1) for attack in (*SCANNED, *FAINT)]
+    + [(attack, "scan_inputs", 2) for attack in SCANNED],
+)
 def test_a_scan_may_miss_few_models(attack: str, kind: str, most: int) -> None:
     title = {"scan": "training set alone", "scan_inputs": "untriggered inputs"}[kind]
 
@@ -170,14 +173,17 @@ def test_times_are_of_models_that_had_the_machine_to_themselves() -> None:
     assert one(aims_of[1], [timed(2, 2.4, 19.0)])[0] == "2.9 (1)"
 
 
-def test_intervals_hold_on_nine_tenths_of_models() -> None:
-    def wide(seed: int, *, inside: bool) -> dict[str, Any]:
-        run = {"tpr": 0.99, "precision": 0.98, "found": True, "inside": inside}
-        return poisoned(seed, investigations={rate: [run] for rate in ("0.05", "0.1")})
+def test_intervals_hold_on_nine_tenths_of_investigations() -> None:
+    def wide(seed: int, *held: bool) -> dict[str, Any]:
+        runs = [{"tpr": 0.99, "precision": 0.98, "found": True, "inside": one} for one in held]
+        return poisoned(seed, investigations=dict.fromkeys(("0.05", "0.1"), runs))
 
     aim = "false flags within their interval"
-    assert one(aim, [wide(n, inside=n > 0) for n in range(10)]) == ("9 of 10, 9 of 10", "yes")
-    assert one(aim, [wide(n, inside=n > 0) for n in range(9)])[1] == "**no**"
+    others = [wide(2, *[True] * 4), wide(3, *[True] * 5)]
+    assert one(aim, [wide(1, False), *others]) == ("9 of 10, 9 of 10 (3)", "yes")
+    assert one(aim, [wide(1, False, False), *others])[1] == "**no**"
+    few = [wide(1, *[True] * 20)]
+    assert one(aim, few) == ("20 of 20, 20 of 20 (1)", "yes, on fewer than 3 models")
 
 
 @pytest.mark.parametrize(
