@@ -9,8 +9,8 @@ passes that test; it is sought as rows of a class that have in common what its c
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,23 @@ class ScanSettings(Independence):
     smallest: int = Field(16, gt=1)
 
 
+@dataclass
+class Found:
+    """What the classes that were looked at hold.
+
+    Attributes:
+        blocks: Rows that cohere.
+        added: Other rows that have in common what clean inputs of their class lack.
+        unchecked: Labels with too few rows or clean inputs to be looked at.
+        in_part: Labels with too few to be looked at as a whole.
+    """
+
+    blocks: list[Suspicion] = field(default_factory=list)
+    added: list[Suspicion] = field(default_factory=list)
+    unchecked: list[int] = field(default_factory=list)
+    in_part: list[int] = field(default_factory=list)
+
+
 class Scanner:
     """Looks for blocks and judges them, for one model and its training set."""
 
@@ -77,13 +94,10 @@ class Scanner:
 
     def rows(self, seed: int) -> Scan:
         """Look for blocks in the training set alone."""
-        checked, unchecked = self._sorted(range(self.train.num_classes))
-        labels = progress(iterable=checked, desc="classes", unit="class")
-        blocks = [
-            block for label in labels for block in self._blocks(label, self._dense(label, seed))
-        ]
-        blocks, in_part = self._with_right_labels(checked, blocks)
-        return Scan(self.hearing.judged(blocks, seed), (), self.settings.alarm, unchecked, in_part)
+        found = Found()
+        for label in self._classes(range(self.train.num_classes), found):
+            self._look(label, found, self._dense(label, seed))
+        return self._judged(found, (), seed)
 
     def inputs(self, images: ImageSet, predicted: NDArray[np.int64], seed: int) -> Scan:
         """Look for blocks, also where inputs point to, and for inputs that blocks dictate.
@@ -93,45 +107,60 @@ class Scanner:
             predicted: What the model makes of them, int64 ``[q]``.
             seed: Of the rows the independent model is compared on.
         """
-        blocks, starts = list[Suspicion](), dict[int, Reals]()
-        checked, unchecked = self._sorted(np.unique(predicted).tolist())
-        for label in progress(iterable=checked, desc="classes", unit="class"):
-            bench = self.search.bench(label)
-            own = images.images(np.flatnonzero(predicted == label))
-            starts[label] = starts_of(bench.rows, own, label)
-            pointing = self._pointing(bench, starts[label])
-            blocks += self._blocks(label, pointing, self._dense(label, seed))
-        every, in_part = self._with_right_labels(checked, blocks)
-        judged = self.hearing.judged(every, seed)
-        pointed = list[PointedInput]()
-        for number, block in enumerate(blocks):  # no input need point to those that were added
-            places = np.flatnonzero(predicted == block.label)
-            chances = self._dictated(block, starts[block.label])
-            dictated = chances <= self.settings.false_discovery_rate
-            order = np.argsort(chances, kind="stable")[: max(LISTED, dictated.sum())]
-            pointed += [
-                PointedInput(str(images.ids[place]), int(place), number, float(p_value), bool(sure))
-                for place, p_value, sure in zip(
-                    *(column[order] for column in (places, chances, dictated)), strict=True
-                )
-            ]
-        return Scan(judged, tuple(pointed), self.settings.alarm, unchecked, in_part)
+        found, pointed = Found(), list[PointedInput]()
+        for label in self._classes(np.unique(predicted).tolist(), found):
+            bench, places = self.search.bench(label), np.flatnonzero(predicted == label)
+            starts = starts_of(bench.rows, images.images(places), label)
+            first = len(found.blocks)
+            kinds = self._pointing(bench, starts), self._dense(label, seed)
+            for number, block in enumerate(self._look(label, found, *kinds), first):
+                pointed += self._pointed(block, number, starts, places, images)
+        return self._judged(found, tuple(pointed), seed)
 
-    def _sorted(self, labels: Iterable[int]) -> tuple[list[int], tuple[int, ...]]:
-        """Tell labels that can be looked at from those with too few rows or clean inputs."""
-        checked, unchecked = list[int](), list[int]()
-        fewest = max(self.settings.smallest, FEWEST)
-        for label in labels:
-            try:
-                if (count := len(self.search.bench(label).rows)) < fewest:
-                    name = self.train.class_names[label]
-                    raise DataError(f"expected {fewest} or more rows of {name}, got {count}")
-            except DataError as error:
-                logger.warning("not scanned: %s", error)
-                unchecked.append(label)
+    def _judged(self, found: "Found", pointed: tuple[PointedInput, ...], seed: int) -> Scan:
+        judged = self.hearing.judged([*found.blocks, *found.added], seed)
+        unlooked = tuple(found.unchecked), tuple(found.in_part)
+        return Scan(judged, pointed, self.settings.alarm, *unlooked)
+
+    def _classes(self, labels: Sequence[int], found: "Found") -> Iterator[int]:
+        """Yield the labels that can be looked at, and forget the rows of each after its turn."""
+        for label in progress(iterable=labels, desc="classes", unit="class"):
+            if self._has_enough(label):
+                yield label
             else:
-                checked.append(label)
-        return checked, tuple(unchecked)
+                found.unchecked.append(label)
+            self.search.forget(label)
+
+    def _has_enough(self, label: int) -> bool:
+        """Tell whether a class has rows and clean inputs enough to be looked at."""
+        fewest = max(self.settings.smallest, FEWEST)
+        try:
+            if (count := len(self.search.bench(label).rows)) < fewest:
+                name = self.train.class_names[label]
+                raise DataError(f"expected {fewest} or more rows of {name}, got {count}")
+        except DataError as error:
+            logger.warning("not scanned: %s", error)
+            return False
+        return True
+
+    def _look(self, label: int, found: "Found", *kinds: Iterator[Reals]) -> list[Suspicion]:
+        """Look for blocks of a class from some places of every kind, and at it as a whole.
+
+        If blocks hold most of what clean inputs lack, the blocks themselves are what they lack.
+
+        Returns:
+            The blocks, without what was added because clean inputs lack it.
+        """
+        blocks = [*self._blocks(label, *kinds)]
+        seen = subpopulation(self.search, label, rows_of([], len(self.train)))
+        if seen is None:
+            found.in_part.append(label)
+        elif len(seen.rows):
+            both = self._joined(label, seen, blocks)
+            found.added += both[len(blocks) :]
+            blocks = both[: len(blocks)]
+        found.blocks += blocks
+        return blocks
 
     def _dense(self, label: int, seed: int) -> Iterator[Reals]:
         """Yield cosines of rows with their class, those first that cohere most.
@@ -184,25 +213,6 @@ class Scanner:
         grown = map(bench.grow, itertools.islice(elsewhere, TRIES * self.settings.attempts))
         return itertools.islice((b for b in grown if is_new(b.seeds)), self.settings.attempts)
 
-    def _with_right_labels(
-        self, labels: list[int], blocks: list[Suspicion]
-    ) -> tuple[list[Suspicion], tuple[int, ...]]:
-        """Add what rows of a class have in common that clean inputs of it lack.
-
-        If blocks hold most of these rows, the blocks themselves are what clean inputs lack.
-
-        Returns:
-            The blocks in their order, then those that were added; labels that are too small for it.
-        """
-        in_part = list[int]()
-        for label in labels:
-            seen = subpopulation(self.search, label, rows_of([], len(self.train)))
-            if seen is None:
-                in_part.append(label)
-            elif len(seen.rows):
-                blocks = self._joined(label, seen, blocks)
-        return blocks, tuple(in_part)
-
     def _joined(self, label: int, seen: Subpopulation, blocks: list[Suspicion]) -> list[Suspicion]:
         lacking = mask_of(seen.rows, len(self.train))
         within = [bool(lacking[block.rows].mean() > MOSTLY) for block in blocks]
@@ -214,6 +224,30 @@ class Scanner:
             return blocks
         clean = float(seen.null.null(seen.finding.block).max())
         return [*blocks, Suspicion(label, seen.rows, seen.finding, clean, lacking=True)]
+
+    def _pointed(
+        self,
+        block: Suspicion,
+        number: int,
+        starts: Reals,
+        places: NDArray[np.int64],
+        images: ImageSet,
+    ) -> Iterator[PointedInput]:
+        """Yield the inputs that a block dictates, or those that cohere most with it.
+
+        Args:
+            block: The block.
+            number: Which one it is.
+            starts: Cosines of the inputs with the rows of its class, ``[q, n]``.
+            places: Numbers of the inputs, ``[q]``.
+            images: All inputs.
+        """
+        chances = self._dictated(block, starts)
+        dictated = chances <= self.settings.false_discovery_rate
+        for one in np.argsort(chances, kind="stable")[: max(LISTED, dictated.sum())]:
+            place = int(places[one])
+            name, p_value = str(images.ids[place]), float(chances[one])
+            yield PointedInput(name, place, number, p_value, bool(dictated[one]))
 
     def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
         """Chance that a clean input coheres as much with a block, adjusted for their number."""

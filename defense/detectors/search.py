@@ -189,6 +189,11 @@ class Search:
             self.benches[label] = Bench(self.settings, rows, null)
         return self.benches[label]
 
+    def forget(self, label: int) -> None:
+        """Free the memory that rows and controls of a label take; they are made anew if asked."""
+        self.benches.pop(label, None)
+        self.known.pop(label, None)
+
     def controls(self, label: int) -> Reals:
         """Return directions of clean inputs of a label: ``[q, k]``.
 

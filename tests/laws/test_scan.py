@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from defense.detectors.coherence import Rows
 from defense.detectors.subpopulation import Subpopulation
 from defense.records import ImageSet
 from defense.storage import load_scan, save_scan
@@ -222,3 +223,21 @@ def test_what_a_block_holds_little_of_is_told_besides_it(monkeypatch, more: int,
     assert [block.lacking for block in scan.blocks] == lacking
     assert [block.suspected for block in scan.blocks] == lacking
     assert scan.blocks[-1].rows.sum() == pytest.approx(40 if more == 20 else 120, abs=2)
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_one_class_is_in_memory_at_a_time(monkeypatch, *, with_inputs: bool) -> None:
+    scanner, most = scanner_of(vectors_with(BLOCK, OTHER)), [0, 0]
+    search, between = scanner.search, Rows.between
+
+    def watched(rows: Rows, places: np.ndarray) -> np.ndarray:
+        most[:] = max(most[0], len(search.benches)), max(most[1], len(search.known))
+        return between(rows, places)
+
+    monkeypatch.setattr(Rows, "between", watched)
+    images = make_images(40, seed=21)
+    scan = scanner.inputs(images, images.labels, 0) if with_inputs else scanner.rows(seed=0)
+    assert {block.label for block in scan.blocks} == {1, 2}
+    assert most == [1, 1]
+    assert not search.benches
+    assert not search.known
