@@ -24,15 +24,8 @@ def page(models: Models) -> str:
     """Write all tables."""
     scan_head = ["attack", "models with an alarm", "recall", "precision", "natural blocks"]
     from_inputs = [*scan_head, "models where inputs point to a block"]
-    one = [
-        "attack",
-        "PSR",
-        "found",
-        "recall",
-        "precision",
-        "attacks told apart",
-        "alarms on innocent inputs",
-    ]
+    one = ["attack", "PSR", "found", "recall", "precision", "attacks told apart",
+           "alarms on innocent inputs"]  # fmt: skip
     joint = [f"{what}, {count}" for count in (1, 5, 10, 100)
              for what in ("recall", "precision", "an incident per attack")]  # fmt: skip
     rates = [f"{what} at {rate} %" for rate in (2, 5, 10) for what in ("false flags", "inside")]

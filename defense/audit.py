@@ -234,13 +234,14 @@ def labels_csv(train: ImageSet, doubts: LabelDoubts) -> str:
 
 
 def flags_csv(train: ImageSet, flags: Flags) -> str:
-    """List the flagged rows, most suspicious first, as CSV."""
+    """List the flagged rows, most suspicious first, as CSV; p-values by a detector that has any."""
     rows = np.flatnonzero(flags.mask)
     order = rows[np.argsort(-flags.suspicion[rows], kind="stable")]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["row", "id", "label", "suspicion"])
+    table.writerow(["row", "id", "label", "suspicion", "p_value"])
     for row in order:
-        name, label = train.ids[row], train.class_names[train.labels[row]]
-        table.writerow([row, cell(name), cell(label), f"{flags.suspicion[row]:.6g}"])
+        name, label = cell(train.ids[row]), cell(train.class_names[train.labels[row]])
+        p_value = "" if flags.p_values is None else f"{flags.p_values[row]:.6g}"
+        table.writerow([row, name, label, f"{flags.suspicion[row]:.6g}", p_value])
     return text.getvalue()

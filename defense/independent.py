@@ -70,14 +70,12 @@ class Suspicion:
         label: The label of its rows.
         rows: Their numbers in the training set, ascending.
         finding: How much they cohere.
-        clean: Largest median cosine of a clean input with it.
         lacking: See `defense.evidence.FoundBlock`.
     """
 
     label: int
     rows: NDArray[np.int64]
     finding: Finding
-    clean: float
     lacking: bool = False
 
 
@@ -207,7 +205,7 @@ class Hearing:
             label=block.label,
             rows=rows_of([block], len(self.train)),
             coherence=float(np.median(scores)),
-            clean_coherence=block.clean,
+            clean_coherence=float(block.finding.null.max()),
             expected_false=block.finding.expected_false,
             agreement=float(found.own.mean()),
             usual_agreement=found.base,

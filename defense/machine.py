@@ -28,14 +28,15 @@ def hardware() -> dict[str, Any]:
 
 
 def git_state(home: Path) -> dict[str, Any]:
-    """Return ``commit`` and ``dirty``: whether tracked files differ; empty outside git."""
+    """Return ``commit`` and ``dirty``: whether tracked files differ (None if git cannot say).
+
+    Empty outside git.
+    """
     commit = _git(home, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    return {
-        "commit": commit,
-        "dirty": bool(_git(home, "status", "--porcelain", "--untracked-files=no")),
-    }
+    changes = _git(home, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def _processor() -> str:

@@ -306,6 +306,8 @@ class Flags:
         predicted_label: bool ``[n]``; rows that carry the label of an affected input, so that
             reports can show the rule restricted to them and unrestricted, side by side.
         incidents: What the affected inputs implicate, by a detector that judges them.
+        p_values: float64 ``[n]``; of flagged rows, by a detector that knows it, the chance that a
+            clean input coheres as much with their block, not adjusted; NaN of others.
     """
 
     suspicion: NDArray[np.float32]
@@ -313,6 +315,7 @@ class Flags:
     candidates: Mask
     predicted_label: Mask
     incidents: tuple[Incident, ...] = ()
+    p_values: NDArray[np.float64] | None = None
 
     @property
     def mask(self) -> Mask:

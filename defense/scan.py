@@ -198,8 +198,7 @@ class Scanner:
             members = np.flatnonzero(finding.flagged)
             known |= {*block.seeds.tolist(), *members.tolist()}
             if len(members) >= self.settings.smallest:
-                clean = float(bench.null.null(finding.block).max())
-                yield Suspicion(label, bench.rows.places[members], finding, clean)
+                yield Suspicion(label, bench.rows.places[members], finding)
 
     def _grown(self, bench: Bench, starts: Iterator[Reals], known: set[int]) -> Iterator[Block]:
         """Yield what grows at places away from known rows; known seeds are no attempt."""
@@ -222,8 +221,7 @@ class Scanner:
             return [replace(block, lacking=same or block.lacking) for block, same in both]
         if len(seen.rows) < self.settings.smallest:
             return blocks
-        clean = float(seen.null.null(seen.finding.block).max())
-        return [*blocks, Suspicion(label, seen.rows, seen.finding, clean, lacking=True)]
+        return [*blocks, Suspicion(label, seen.rows, seen.finding, lacking=True)]
 
     def _pointed(
         self,
@@ -242,17 +240,11 @@ class Scanner:
             places: Numbers of the inputs, ``[q]``.
             images: All inputs.
         """
-        chances = self._dictated(block, starts)
+        finding = block.finding
+        own = medians(np.take(starts, finding.block.seeds, axis=1).T)
+        chances = false_discovery_control(exceedance(finding.null, own))
         dictated = chances <= self.settings.false_discovery_rate
         for one in np.argsort(chances, kind="stable")[: max(LISTED, dictated.sum())]:
             place = int(places[one])
             name, p_value = str(images.ids[place]), float(chances[one])
             yield PointedInput(name, place, number, p_value, bool(dictated[one]))
-
-    def _dictated(self, block: Suspicion, starts: Reals) -> NDArray[np.float64]:
-        """Chance that a clean input coheres as much with a block, adjusted for their number."""
-        settled, null = block.finding.block, self.search.bench(block.label).null
-        own = medians(np.take(starts, settled.seeds, axis=1).T)
-        chances = exceedance(null.null(settled), own)
-        adjusted: NDArray[np.float64] = false_discovery_control(chances)
-        return adjusted

@@ -37,7 +37,7 @@ from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings
-from defense.storage import load_factors, load_images, load_weights, save_images, save_scan
+from defense.storage import blinded, load_factors, load_images, load_weights, save_images, save_scan
 
 UNFINISHED = "unfinished"  # folder of checkpoints
 ROLES = ("poisoned_train", "test", "suspect", "factors", "directions")
@@ -100,7 +100,7 @@ def open_subject(
     directions = StoredDirections(store, store.sketcher(model, factors))
     clean = CleanInputs(test, seeded(seed, "scan"))
     independent = independent_of(architecture, recipe, seed, scratch)
-    scanner = Scanner(settings, train, directions, clean, independent)
+    scanner = Scanner(settings, blinded(train), directions, clean, independent)
     return Subject(model, train, directions, scanner, seed, origin)
 
 

@@ -1,7 +1,8 @@
 """Save and load every record as a sealed artefact: npy for tables, safetensors for weights."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not a safetensors file ({error})") from error
+
+
+def blinded(images: ImageSet) -> ImageSet:
+    """Replace ids by digests: the name of a file may tell the class it had before an attack."""
+    ids = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in images.ids.tolist()]
+    return replace(images, ids=np.array(ids, dtype=np.str_))
 
 
 def save_images(path: Path, images: ImageSet, *, inputs: Inputs | None = None) -> str:
@@ -210,6 +217,8 @@ def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:
         "candidates.npy": array(flags.candidates),
         "predicted_label.npy": array(flags.predicted_label),
     }
+    if flags.p_values is not None:
+        files["p_values.npy"] = array(flags.p_values)
     incidents = [asdict(incident) for incident in flags.incidents]
     meta = {"threshold": flags.threshold, "verdict": flags.verdict, "incidents": incidents}
     return write_artifact(path, "flags", files, meta=meta, inputs=inputs)
@@ -218,12 +227,14 @@ def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:
 def load_flags(path: Path) -> tuple[Flags, Manifest]:
     """Load a detector's answer."""
     manifest = open_artifact(path, "flags")
+    p_values = path / "p_values.npy"
     flags = Flags(
         read_array(path / "suspicion.npy"),
         manifest.fact("threshold"),
         read_array(path / "candidates.npy"),
         read_array(path / "predicted_label.npy"),
         tuple(incident_of(facts) for facts in manifest.fact("incidents")),
+        read_array(p_values) if p_values.is_file() else None,
     )
     return flags, manifest
 

@@ -184,5 +184,5 @@ def git_tags(home: Path) -> dict[str, str]:
     state = git_state(home)
     if not state:
         return {}
-    dirty = str(state["dirty"]).lower()
+    dirty = "unknown" if state["dirty"] is None else str(state["dirty"]).lower()
     return {"mlflow.source.git.commit": state["commit"], "git.dirty": dirty}

@@ -75,9 +75,9 @@ class Rows:
 
         Answers are kept, because the controls of a large block come to the same rows.
         """
-        part = self.where(mask)
-        key = part.places.tobytes()
+        key = self.places[mask].tobytes()
         if key not in self.parts:
+            part = self.where(mask)
             self.parts[key] = separate(part.between(np.arange(len(part))))
         return self.parts[key]
 

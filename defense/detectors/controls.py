@@ -92,6 +92,7 @@ class Finding:
         expected_false: See `defense.evidence.Incident`.
         threshold: Largest score of a row that is not flagged.
         strength: See `Controls.strength`.
+        null: Median cosine of clean inputs with the seeds of the block, ``[k]``.
     """
 
     flagged: Mask
@@ -99,13 +100,21 @@ class Finding:
     expected_false: tuple[float, float, float]
     threshold: float
     strength: float
+    null: Reals
+
+    @property
+    def p_values(self) -> NDArray[np.float64]:
+        """Chance that a clean input coheres as much with the block as each row does, ``[n]``."""
+        return exceedance(self.null, self.block.scores)
 
 
 class Controls:
     """Clean inputs of a label, whose cohesion with a block's seeds says what chance can do.
 
-    They are to the seeds of a block what clean rows are: neither was chosen for cohering with
-    them. So the p-value of a row is the chance that a clean input coheres as much.
+    They are to the seeds of a block what clean rows are that are no seeds: neither was chosen for
+    cohering with them. So the p-value of a row is the chance that a clean input coheres as much.
+    Seeds were chosen for it, so that up to 16 clean ones may have small p-values; whether a block
+    is more than that is for the verdict to say, whose controls choose seeds in the same way.
     """
 
     def __init__(self, starts: Reals, rate: float) -> None:
@@ -206,7 +215,8 @@ class Controls:
         expected = (0.0, 0.0, 0.0)
         if flagged.any() and without is None:
             expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
-        return Finding(flagged, block, expected, threshold, self.strength(block, flagged))
+        strength = self.strength(block, flagged)
+        return Finding(flagged, block, expected, threshold, strength, null)
 
 
 def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,16 +60,56 @@ class NormalisedInfluence(RowDetector, Coherence):
         case = narrowed(case, self.affected)
         clean = CleanInputs(controls, generator)
         search = Search(self, case.train, directions, clean, everywhere=self.rows == "all")
-        suspicion, incidents = np.full(len(case.train), np.nan, np.float32), list[Incident]()
+        found, incidents = Evidence.of(len(case.train)), list[Incident]()
         for label in np.unique(_labels(case)):
-            for incident, found in _incidents(search, case, int(label)):
+            for incident, evidence in _incidents(search, case, int(label)):
                 incidents.append(incident)
-                suspicion = np.fmax(suspicion, found)
-            incident, found = _of_class(search, int(label), suspicion > 0)
+                found.add(evidence)
+            incident, evidence = _of_class(search, int(label), found.suspicion > 0)
             incidents.append(incident)
-            suspicion = np.fmax(suspicion, found)
-        suspicion = np.where(np.isnan(suspicion), np.nanmin(suspicion), suspicion)
-        return replace(self.flags(case, suspicion, 0.0), incidents=tuple(incidents))
+            found.add(evidence)
+        lowest = np.nanmin(found.suspicion)
+        suspicion = np.where(np.isnan(found.suspicion), lowest, found.suspicion)
+        flags = self.flags(case, suspicion, 0.0)
+        p_values = np.where(flags.mask, found.p_values, np.nan)
+        return replace(flags, incidents=tuple(incidents), p_values=p_values)
+
+
+@dataclass
+class Evidence:
+    """What speaks against each row; NaN where nothing was asked.
+
+    Attributes:
+        suspicion: How far a row is above the threshold, ``[n]``.
+        p_values: Of flagged rows, the chance that a clean input coheres as much, ``[n]``.
+    """
+
+    suspicion: Reals
+    p_values: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, count: int) -> "Evidence":
+        """Begin with none."""
+        return cls(np.full(count, np.nan, np.float32), np.full(count, np.nan))
+
+    def add(self, other: "Evidence") -> None:
+        """Keep what speaks most against each row."""
+        self.suspicion = np.fmax(self.suspicion, other.suspicion)
+        self.p_values = np.fmin(self.p_values, other.p_values)
+
+    def take(
+        self, places: NDArray[np.int64], above: Reals, finding: Finding, flagged: Mask
+    ) -> None:
+        """Add what was found at some rows.
+
+        Args:
+            places: Their numbers, ``[m]``.
+            above: How far each is above the threshold, ``[m]``.
+            finding: What was found among them.
+            flagged: Which of them are flagged, ``[m]``.
+        """
+        self.suspicion[places] = np.fmax(self.suspicion[places], above)
+        self.p_values[places[flagged]] = finding.p_values[flagged]
 
 
 def _labels(case: Case) -> NDArray[np.int64]:
@@ -78,22 +118,19 @@ def _labels(case: Case) -> NDArray[np.int64]:
     return labels
 
 
-def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Incident, Reals]]:
-    """Yield the incidents of a label, and how far each puts a row above the threshold.
-
-    NaN where a row was not compared with it.
-    """
+def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Incident, Evidence]]:
+    """Yield the incidents of a label, and what each says against rows."""
     bench, numbers = search.bench(label), np.flatnonzero(_labels(case) == label)
     original = np.flatnonzero(case.queries.changed("none"))[numbers]
     images = case.queries.images[torch.from_numpy(original)]
     starts = starts_of(bench.rows, images, label)
     for group in together([search.certain(label, start) for start in starts], bench.null):
         seen = [*search.sightings(label, starts[group].mean(0))]
-        suspicion = np.full(len(case.train), np.nan, dtype=np.float32)
+        evidence = Evidence.of(len(case.train))
         for sighting in seen:
+            finding, found = sighting.finding, sighting.found(search.settings.alarm)
             places = bench.rows.places[sighting.among]
-            above = _above(sighting, search.settings.alarm)
-            suspicion[places] = np.fmax(suspicion[places], above)
+            evidence.take(places, _above(finding, found=found), finding, finding.flagged & found)
         affected = tuple(int(number) for number in numbers[group])
         incident = _incident(search, affected, label, seen)
         pointed = search.pointed(images[group], label)
@@ -101,10 +138,10 @@ def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Inciden
         enrichment = tuple(pointed.enrichment.tolist())
         if rival is not None:
             _warn(enrichment, label, rival, case.train.class_names)
-        yield replace(incident, enrichment=enrichment, rival=rival), suspicion
+        yield replace(incident, enrichment=enrichment, rival=rival), evidence
 
 
-def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Reals]:
+def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Evidence]:
     """Tell what rows of a label have in common that its clean inputs lack.
 
     Which inputs are affected does not matter to it.
@@ -114,14 +151,17 @@ def _of_class(search: Search, label: int, explained: Mask) -> tuple[Incident, Re
         affected=(),
         label=label,
         p_value=None,
-        num_controls=0 if seen is None else len(seen.null),
+        num_controls=0 if seen is None else len(seen.finding.null),
         num_flagged=0 if seen is None else len(seen.rows),
         false_discovery_rate=settings.false_discovery_rate,
         expected_false=(0.0, 0.0, 0.0),
     )
+    evidence = Evidence.of(len(explained))
     if seen is None or not len(seen.rows):
-        return incident, np.full(len(explained), np.nan, dtype=np.float32)
-    return replace(incident, expected_false=seen.finding.expected_false), seen.scores
+        return incident, evidence
+    above = seen.finding.block.scores - seen.finding.threshold
+    evidence.take(seen.places, above, seen.finding, seen.finding.flagged)
+    return replace(incident, expected_false=seen.finding.expected_false), evidence
 
 
 def _warn(enrichment: tuple[float, ...], label: int, rival: int, names: Sequence[str]) -> None:
@@ -137,9 +177,8 @@ def _warn(enrichment: tuple[float, ...], label: int, rival: int, names: Sequence
     )
 
 
-def _above(sighting: Sighting, alarm: float) -> Reals:
-    """Tell how far a sighting puts rows above its threshold; none if chance explains it."""
-    finding, found = sighting.finding, sighting.found(alarm)
+def _above(finding: Finding, *, found: bool) -> Reals:
+    """Tell how far rows are above the threshold; none is, if chance explains what was found."""
     above = finding.block.scores - (finding.threshold if found else finding.block.scores.max())
     within = np.maximum(above, np.finfo(np.float32).tiny)
     result: Reals = np.where(finding.flagged & found, within, np.minimum(above, 0))

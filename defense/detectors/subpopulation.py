@@ -27,16 +27,13 @@ class Subpopulation:
 
     Attributes:
         rows: Their numbers in the training set, ascending; none if they are too few to be told.
-        scores: How much every row of the training set coheres with them, above the threshold at
-            which rows are flagged, float32 ``[n]``; NaN where a row was not looked at.
-        finding: What was found before their number was asked for.
-        null: The clean inputs that they were compared with.
+        places: Numbers of the rows that were looked at, ascending, ``[m]``.
+        finding: What was found among these, before its size was asked for.
     """
 
     rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
+    places: NDArray[np.int64]
     finding: Finding
-    null: Controls
 
 
 def subpopulation(search: Search, label: int, explained: Mask) -> Subpopulation | None:
@@ -65,8 +62,6 @@ def subpopulation(search: Search, label: int, explained: Mask) -> Subpopulation 
     null = Controls(rows.directions.towards(vectors[half:]), settings.false_discovery_rate)
     block = rows.grow(rows.mean(), min(int(len(rows) * SHARE), SEEDS), ROUNDS)
     finding = null.judge(rows, block, settings.rounds, one_cause=False)
-    scores = np.full(len(explained), np.nan, dtype=np.float32)
-    scores[places] = finding.block.scores - finding.threshold
     enough = settings.subpopulation * (search.train.labels == label).sum()
     told = places[finding.flagged] if finding.flagged.sum() >= enough else places[:0]
-    return Subpopulation(told, scores, finding, null)
+    return Subpopulation(told, places, finding)

@@ -20,6 +20,7 @@ from defense.pictures import doubtful, draw, sheets
 from defense.records import Case, Factors
 from defense.report import AuditReport, headline, summary
 from defense.storage import (
+    blinded,
     load_confirmation,
     load_doubts,
     load_factors,
@@ -31,7 +32,7 @@ from defense.storage import (
 )
 from pipelines.params import Params
 from pipelines.paths import REFERENCES, Paths
-from pipelines.stages.common import blinded, load_model
+from pipelines.stages.common import load_model
 
 T = TypeVar("T")
 OTHER_SECTIONS = {"gate", "tracking"}  # what happens after the audit

@@ -1,10 +1,7 @@
 """What several stages load in the same way."""
 
-import hashlib
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from defense.artifacts import Manifest
@@ -13,12 +10,6 @@ from defense.models.assemble import build_model
 from defense.records import ImageSet
 from defense.storage import load_weights
 from pipelines.params import Params
-
-
-def blinded(images: ImageSet) -> ImageSet:
-    """Replace ids by digests: the name of a file may tell the class it had before an attack."""
-    ids = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in images.ids.tolist()]
-    return replace(images, ids=np.array(ids, dtype=np.str_))
 
 
 def load_model(path: Path, params: Params, train: ImageSet) -> tuple[nn.Module, Manifest]:

@@ -7,10 +7,10 @@ from defense.compute import seeded
 from defense.influence.directions import StoredDirections
 from defense.influence.store import load_store
 from defense.records import Case
-from defense.storage import load_factors, load_images, load_scores, save_flags
+from defense.storage import blinded, load_factors, load_images, load_scores, save_flags
 from pipelines.params import Params
 from pipelines.paths import Paths
-from pipelines.stages.common import blinded, load_model
+from pipelines.stages.common import load_model
 
 
 def run(params: Params, paths: Paths) -> str:

@@ -3,11 +3,11 @@
 from defense.artifacts import require_input, write_json
 from defense.contracts import Repair
 from defense.errors import DataError
-from defense.storage import load_flags, load_images, save_model
+from defense.storage import blinded, load_flags, load_images, save_model
 from defense.victim import make_trainer
 from pipelines.params import Params
 from pipelines.paths import Paths
-from pipelines.stages.common import blinded, load_model
+from pipelines.stages.common import load_model
 
 
 def run(params: Params, paths: Paths) -> str:

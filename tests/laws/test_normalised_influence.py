@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, spearmanr
 
 from defense.detectors.search import Pointed, Search
 from defense.errors import DataError
@@ -35,6 +35,20 @@ def test_flags_the_block_of_an_incident_and_says_how_sure_it_is() -> None:
     mean, low, high = incident.precision
     assert low <= mean <= high
     assert low - 0.03 <= np.isin(flagged, BLOCK).mean() <= high + 0.03
+
+
+def test_flagged_rows_carry_the_chance_that_a_clean_input_coheres_as_much() -> None:
+    vectors = vectors_with(BLOCK, OTHER)
+    case = case_of(vectors, [towards(0, 3), towards(1, 4)], LABELS)
+    flags = detect(case, subpopulation=None)
+    np.testing.assert_array_equal(~np.isnan(flags.p_values), flags.mask)
+    assert flags.p_values[flags.mask].min() > 0
+    assert flags.p_values[flags.mask].max() <= 0.05 * flags.mask.sum() / (LABELS == 1).sum()
+    for block in (BLOCK, OTHER):
+        flagged = block[flags.mask[block]]
+        assert spearmanr(flags.suspicion[flagged], flags.p_values[flagged]).statistic < -0.8
+    nothing = detect(case_of(vectors, [towards(None, 7)], LABELS))
+    assert np.isnan(nothing.p_values).all()
 
 
 def test_what_is_left_after_the_flags_looks_like_controls() -> None:

@@ -214,7 +214,7 @@ def test_what_a_block_holds_little_of_is_told_besides_it(monkeypatch, more: int,
     bench, places = scanner.search.bench(1), np.flatnonzero(LABELS == 1)
     rows = np.r_[BLOCK, places[40 : 40 + more]]
     finding = bench.judge(bench.rows.between(np.array([0]))[0])
-    seen = Subpopulation(rows, np.full(SIZE, np.nan, np.float32), finding, bench.null)
+    seen = Subpopulation(rows, places, finding)
     nothing = replace(seen, rows=rows[:0])
     monkeypatch.setattr(
         "defense.scan.subpopulation", lambda _, label, __: seen if label == 1 else nothing

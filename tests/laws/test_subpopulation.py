@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from defense.detectors.controls import Controls
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.detectors.search import CleanInputs, Search
 from defense.detectors.subpopulation import subpopulation
@@ -153,10 +154,11 @@ def test_one_half_of_the_clean_inputs_is_the_origin_and_the_other_the_controls(m
     found = subpopulation(search, 1, np.zeros(SIZE, bool))
     (origin,) = origins
     every = search.controls(1)
-    assert (len(every), len(origin), len(found.null)) == (200, 100, 100)
-    rows = search.directions.less(origin).take(np.flatnonzero(LABELS == 1))
+    assert (len(every), len(origin), len(found.finding.null)) == (200, 100, 100)
+    rows = search.directions.less(origin).take(found.places)
     rest = [vector for vector in every if not (vector == origin).all(1).any()]
-    np.testing.assert_allclose(found.null.starts, rows.towards(np.stack(rest)), atol=1e-5)
+    null = Controls(rows.towards(np.stack(rest)), 0.05).null(found.finding.block)
+    np.testing.assert_allclose(found.finding.null, null, atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "seen"), [(200, True), (199, False)])

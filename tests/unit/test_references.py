@@ -9,8 +9,8 @@ import torch
 from defense.compute import seeded
 from defense.errors import DataError
 from defense.records import Flags, Split, Truth
+from defense.storage import blinded
 from pipelines.params import AffectedSettings
-from pipelines.stages.common import blinded
 from pipelines.stages.counterfactual import counterfactuals
 from pipelines.stages.reference import flagged
 from pipelines.stages.train import choose_affected
