@@ -39,6 +39,13 @@ def test_first_code_block_of_the_readme_is_two_commands() -> None:
     assert lines[1].endswith("&& pytest")
 
 
+def test_the_readme_shows_the_verdict_that_is_committed() -> None:
+    shown = re.search(r"^\$ defense gate\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    verdict = (ROOT / "reports" / "verdict.md").read_text(encoding="utf-8")
+    assert shown is not None
+    assert verdict.startswith(shown.group(1))
+
+
 def test_readme_graph_has_every_stage() -> None:
     graph = re.search(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert graph is not None
