@@ -1,6 +1,7 @@
 """What the cells of ``pipelines/paper`` found, gathered into one record per suspect model."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,14 +217,22 @@ def _length(cell: Record) -> tuple[int, int]:
 def chosen(cells: Cells, world: str, attack: str, *keys: str) -> dict[str, Record]:
     """Choose for every seed the suspect with most repairs that has a figure.
 
-    Models on which the attack fails altogether are left out: there is nothing to trace or remove.
+    Of suspects of several devices, those of the one on which most seeds have it: so seeds of one
+    mean are of one time, as far as they can be. Models on which the attack fails altogether are
+    left out: there is nothing to trace or remove.
     """
-    found = {}
-    for seed, suspects in of_attack(cells, world, attack).items():
-        able = [cell for cell in suspects if cell["success"] > 0 and _look(cell, keys) is not None]
-        if able:
-            found[seed] = able[0]
-    return found
+    able = {
+        seed: [cell for cell in suspects if cell["success"] > 0 and _look(cell, keys) is not None]
+        for seed, suspects in of_attack(cells, world, attack).items()
+    }
+    devices = Counter(
+        device for own in able.values() for device in {cell["hardware"]["device"] for cell in own}
+    )
+    return {
+        seed: max(own, key=lambda cell: devices[cell["hardware"]["device"]])
+        for seed, own in able.items()
+        if own
+    }
 
 
 def values(

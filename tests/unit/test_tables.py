@@ -35,6 +35,7 @@ def cell(name: str, *, success: float = 1.0, tpr: float = 0.9, accuracy: float =
     detectors = {key: found(name, key, tpr=tpr) for key in ("normalised", "truth")}
     return {
         "settings": settings(name, "influence"),
+        "hardware": {"device": "cpu"},
         "success": success,
         "share": {"all": 0.03, "predicted_label": 0.25},
         "cpu_seconds": {"factors": 20.0, "influence": 10.0},
@@ -182,6 +183,19 @@ def test_what_is_of_another_model_is_marked_and_measured_on_that_model() -> None
     assert row(page, "BadNet" + tables.OTHER, "1")[0] == "70.0 (1)"
     assert row(page, "BadNet", "before" + tables.OTHER)[0] == "70.0 (1)"
     assert page.count(tables.NOTE) == 3
+
+
+def test_seeds_of_a_mean_are_of_one_device_where_they_can_be() -> None:
+    names = [f"cifar10/{seed}/badnets" for seed in range(3)]
+    here = {"hardware": {"device": "cpu"}}
+    suspects = {name: {"there": cell(name, tpr=0.9) | {"hardware": {"device": "H200"}}}
+                for name in names}  # fmt: skip
+    more = cell(names[1], tpr=0.1) | here
+    more["detectors"]["ekfac"] = found(names[1], "ekfac", tpr=0.4)
+    suspects[names[1]]["here"] = more
+    page = tables.page(suspects)
+    assert row(page, "BadNet", tables.DETECTORS["normalised"] + tables.OTHER)[3] == "90.0 ± 0.0 (3)"
+    assert row(page, "BadNet", tables.DETECTORS["ekfac"])[3] == "40.0 (1)"
 
 
 def test_a_misspelt_figure_is_an_error() -> None:
