@@ -19,9 +19,10 @@ def occasion(home: Path) -> dict[str, Any]:
 def hardware() -> dict[str, Any]:
     """Describe the machine: processor, cores this process may use, GiB of memory, system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gib": round(memory / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -5,7 +5,7 @@ import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from defense.machine import git_state, occasion
+from defense.machine import git_state, hardware, occasion
 
 
 def git(home: Path, *arguments: str) -> str:
@@ -23,6 +23,11 @@ def test_an_occasion_is_now_here_and_outside_git_without_a_commit(tmp_path: Path
     assert found["hardware"]["cores"] == len(os.sched_getaffinity(0))
     assert found["hardware"]["processor"]
     assert "commit" not in found
+
+
+def test_a_system_without_affinity_tells_all_its_cores(monkeypatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert hardware()["cores"] == os.cpu_count()
 
 
 def test_the_commit_is_named_and_whether_tracked_files_differ(tmp_path: Path) -> None:
