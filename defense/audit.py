@@ -177,6 +177,7 @@ def incidents(exhibits: Exhibits) -> list[IncidentQuality]:
             p_value_left=incident.p_value_left,
             enrichment=_by_label(incident.enrichment, exhibits.train.class_names),
             rival=None if incident.rival is None else exhibits.train.class_names[incident.rival],
+            untold=incident.untold,
         )
         for incident in exhibits.flags.incidents
     ]

@@ -30,15 +30,6 @@ class Directions(Protocol):
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Cosine of some rows with every row: ``[m, n]``."""
 
-    def less(self, vectors: NDArray[np.float32]) -> Self:
-        """See rows and inputs from the mean of some directions, and normalise them again.
-
-        What all of them have in common, as the pictures of a class have, no longer counts.
-
-        Args:
-            vectors: From `vectors`, ``[q, k]``.
-        """
-
     def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
         """Directions of inputs, by the margin of a label each: ``[q, k]``.
 
@@ -71,8 +62,10 @@ class Incident:
             wider ends of two 95 % intervals: over resampled controls, and over what their
             number leaves open.
         p_value_left: P-value of the block that is found once the flagged rows are taken out:
-            above the alarm, what is left looks like controls. None without flags, or if fewer
+            above the alarm, what is left looks like controls; up to it, there is more, none of
+            whose rows stands out. None without flags, or if fewer
             than 20 rows are left.
+        untold: Whether the incident is more than chance, yet no row stands out.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, ``[c]``.
         rival: The label of which that is most true, of those of which it surely is more than of
@@ -89,6 +82,7 @@ class Incident:
     p_value_left: float | None = None
     enrichment: tuple[float, ...] = ()
     rival: int | None = None
+    untold: bool = False
 
     @property
     def precision(self) -> tuple[float, float, float] | None:

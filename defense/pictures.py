@@ -62,7 +62,7 @@ def block_title(block: FoundBlock, train: ImageSet) -> str:
     return (
         f"{what}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model that "
         f"never saw them agrees with {block.agreement:.0%} (usually {block.usual_agreement:.0%}), "
-        f"says {names[block.said]}"
+        f"says {names[block.said]} of {block.said_share:.0%}"
     )
 
 

@@ -324,8 +324,11 @@ class Flags:
 
     @property
     def verdict(self) -> str:
-        """``poison found`` if any row is flagged, else ``nothing found``."""
-        return "poison found" if self.mask.any() else "nothing found"
+        """Say ``poison found`` if any row is flagged, ``poison suspected`` if none stands out."""
+        if self.mask.any():
+            return "poison found"
+        untold = any(incident.untold for incident in self.incidents)
+        return "poison suspected" if untold else "nothing found"
 
 
 @dataclass(frozen=True)

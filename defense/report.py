@@ -107,6 +107,7 @@ class IncidentQuality(Part):
             cohere most with the affected inputs as among all rows, the most frequent first.
         rival: The label that is enriched most, of those that surely are more than the given one;
             None without any, or if all rows were looked among anyway.
+        untold: Whether it is more than chance, yet no row stands out.
     """
 
     affected: list[str]
@@ -119,6 +120,7 @@ class IncidentQuality(Part):
     p_value_left: float | None = None
     enrichment: dict[str, float] = {}
     rival: str | None = None
+    untold: bool = False
 
 
 class BlockQuality(Part):
@@ -213,7 +215,7 @@ class AuditReport(Part):
             label.
         published: The published rule (Delta-Influence) against truth, for all rows and for the
             rows with the predicted label.
-        detector_verdict: ``poison found`` or ``nothing found``.
+        detector_verdict: ``poison found``, ``poison suspected`` or ``nothing found``.
         incidents: What the affected inputs implicate, if the detector judges them.
         num_train: Training rows.
         num_flagged: Rows removed.

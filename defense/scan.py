@@ -117,12 +117,12 @@ class Scanner:
                 pointed += self._pointed(block, number, starts, places, images)
         return self._judged(found, tuple(pointed), seed)
 
-    def _judged(self, found: "Found", pointed: tuple[PointedInput, ...], seed: int) -> Scan:
+    def _judged(self, found: Found, pointed: tuple[PointedInput, ...], seed: int) -> Scan:
         judged = self.hearing.judged([*found.blocks, *found.added], seed)
         unlooked = tuple(found.unchecked), tuple(found.in_part)
         return Scan(judged, pointed, self.settings.alarm, *unlooked)
 
-    def _classes(self, labels: Sequence[int], found: "Found") -> Iterator[int]:
+    def _classes(self, labels: Sequence[int], found: Found) -> Iterator[int]:
         """Yield the labels that can be looked at, and forget the rows of each after its turn."""
         for label in progress(iterable=labels, desc="classes", unit="class"):
             if self._has_enough(label):
@@ -143,7 +143,7 @@ class Scanner:
             return False
         return True
 
-    def _look(self, label: int, found: "Found", *kinds: Iterator[Reals]) -> list[Suspicion]:
+    def _look(self, label: int, found: Found, *kinds: Iterator[Reals]) -> list[Suspicion]:
         """Look for blocks of a class from some places of every kind, and at it as a whole.
 
         If blocks hold most of what clean inputs lack, the blocks themselves are what they lack.

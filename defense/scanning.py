@@ -241,6 +241,7 @@ def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
             "agreement": block.agreement,
             "usual_agreement": block.usual_agreement,
             "said": train.class_names[block.said],
+            "said_share": block.said_share,
             "p_value": block.p_value,
             "suspected": block.suspected,
             "lacking": block.lacking,

@@ -58,6 +58,12 @@ class Rows:
         part.all = None if known is None else known[np.ix_(kept, kept)]
         return part
 
+    def seen(self, directions: Directions) -> "Rows":
+        """See the same rows along other directions of theirs."""
+        other = copy(self)
+        other.directions, other.all, other.parts = directions, None, {}
+        return other
+
     def between(self, rows: NDArray[np.int64]) -> Reals:
         """Cosines of some rows with all, NaN with themselves: ``[m, n]``.
 

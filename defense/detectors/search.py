@@ -14,6 +14,7 @@ from torch import Tensor
 
 from defense.detectors.coherence import Block, Reals, Rows
 from defense.detectors.controls import Controls, Finding
+from defense.detectors.whitening import Whitened
 from defense.errors import DataError
 from defense.evidence import Directions
 from defense.method import Method
@@ -185,8 +186,13 @@ class Search:
         """
         if label not in self.benches:
             rows, rate = self._rows(label), self.settings.false_discovery_rate
-            null = Controls(rows.directions.towards(self.controls(label)), rate)
-            self.benches[label] = Bench(self.settings, rows, null)
+            clean = self.controls(label)
+            if self.everywhere:  # other labels do not scatter as clean inputs of this one do
+                starts = rows.directions.towards(clean)
+            else:
+                seen = Whitened.by(rows.directions, clean)
+                rows, starts = rows.seen(seen), seen.left_out()
+            self.benches[label] = Bench(self.settings, rows, Controls(starts, rate))
         return self.benches[label]
 
     def forget(self, label: int) -> None:
@@ -261,8 +267,6 @@ class Search:
 
     def _p_value(self, bench: Bench, label: int, finding: Finding) -> float:
         """Share of controls that are as strong as a finding, itself counted in."""
-        if not finding.flagged.any():
-            return 1.0  # no control is weaker
         strengths = self.strengths(bench, label)
         return float((1 + (strengths >= finding.strength).sum()) / (1 + len(strengths)))
 

@@ -1,7 +1,8 @@
 """Rows of a class that its clean inputs lack, found without an input that points to them.
 
-Seen from the mean of clean inputs of a class, its rows scatter evenly, unless some have something
-in common that clean inputs do not: then the mean of the rows lies in their direction. Poison with
+Seen from the mean of clean inputs of a class and in their metric, its rows scatter evenly, unless
+some have something in common that clean inputs do not: then the mean of the rows lies in their
+direction. Poison with
 correct labels (Witches' Brew, SIG) shows like this even where no input coheres with it. So does a
 source of pictures that the test set does not draw on.
 """
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from defense.detectors.coherence import Rows
 from defense.detectors.controls import Controls, Finding
 from defense.detectors.search import FEWEST, Search
+from defense.detectors.whitening import Whitened
 from defense.records import Mask
 
-FEWEST_INPUTS = 200  # clean inputs of a class; half are for the origin, half for controls
+FEWEST_INPUTS = 200  # clean inputs of a class; half are for the metric, half for controls
 SHARE, SEEDS = 0.1, 1000  # of the rows of a class that become queries; number of them at most
 ROUNDS = 10  # times they do, at most
 
@@ -57,9 +59,10 @@ def subpopulation(search: Search, label: int, explained: Mask) -> Subpopulation 
     few = len(vectors) < FEWEST_INPUTS or len(places) * SHARE < FEWEST
     if few or settings.subpopulation is None:
         return None
-    half = len(vectors) // 2
-    rows = Rows(search.directions.less(vectors[:half]), places)
-    null = Controls(rows.directions.towards(vectors[half:]), settings.false_discovery_rate)
+    half, rows = len(vectors) // 2, Rows(search.directions, places)
+    seen = Whitened.by(rows.directions, vectors[:half])
+    null = Controls(seen.towards(vectors[half:]), settings.false_discovery_rate)
+    rows = rows.seen(seen)
     block = rows.grow(rows.mean(), min(int(len(rows) * SHARE), SEEDS), ROUNDS)
     finding = null.judge(rows, block, settings.rounds, one_cause=False)
     enough = settings.subpopulation * (search.train.labels == label).sum()

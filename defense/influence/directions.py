@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from defense.influence.sketch import Sketcher
 from defense.influence.store import RowStore
 from defense.records import Queries
 
-SHORTEST = 1e-3  # length that a direction seen from another origin is taken to have at least
-
 
 @dataclass(frozen=True)
 class StoredDirections:
@@ -25,12 +22,10 @@ class StoredDirections:
     Attributes:
         store: The rows.
         sketcher: Makes vectors of inputs, from `RowStore.sketcher`.
-        origin: From where directions are seen, float32 ``[k]``; None for zero.
     """
 
     store: RowStore
     sketcher: Sketcher
-    origin: Tensor | None = None
 
     @property
     def self_influence(self) -> NDArray[np.float32]:
@@ -46,23 +41,9 @@ class StoredDirections:
         )
         return replace(self, store=store)
 
-    def less(self, vectors: NDArray[np.float32]) -> "StoredDirections":
-        """See `defense.evidence.Directions.less`.
-
-        Raises:
-            ArtifactError: The store holds components of directions, which are not of length one.
-        """
-        if self.store.components is not None:
-            raise ArtifactError(
-                "expected whole directions, got a store of their leading components: build it "
-                "with components null"
-            )
-        return replace(self, origin=torch.from_numpy(vectors.mean(0)))
-
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `defense.evidence.Directions.rows`."""
-        cosines = self.store.between(rows)
-        return cosines if self.origin is None else self._seen(cosines, self._shared[rows])
+        return self.store.between(rows)
 
     def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
         """See `defense.evidence.Directions.vectors`."""
@@ -72,36 +53,7 @@ class StoredDirections:
 
     def towards(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `defense.evidence.Directions.towards`."""
-        inputs = torch.from_numpy(vectors)
-        cosines = self.store.cosine(inputs)
-        return (
-            cosines if self.origin is None else self._seen(cosines, (inputs @ self.origin).numpy())
-        )
-
-    @cached_property
-    def _shared(self) -> NDArray[np.float32]:
-        """Inner product of every row with the origin, ``[n]``."""
-        assert self.origin is not None
-        return self.store.cosine(self.origin[None])[0]
-
-    def _seen(
-        self, cosines: NDArray[np.float32], shared: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """Turn cosines of some vectors with rows, ``[m, n]``, into those seen from the origin.
-
-        Args:
-            cosines: Of unit vectors.
-            shared: Inner product of these with the origin, ``[m]``.
-        """
-        assert self.origin is not None
-        square = float(self.origin @ self.origin)
-        ours, rows = (
-            np.sqrt(np.maximum(1 - 2 * part + square, SHORTEST**2))
-            for part in (shared, self._shared)
-        )
-        seen = cosines - shared[:, None] - self._shared + square
-        result: NDArray[np.float32] = seen / (ours[:, None] * rows)
-        return result
+        return self.store.cosine(torch.from_numpy(vectors))
 
 
 def query_vectors(store: RowStore, sketcher: Sketcher, queries: Queries) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from defense.contracts import Repair, Trainer, Unlearner
+from defense.errors import NumericalError
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import Trained
@@ -79,6 +80,16 @@ def _length(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _ratios(ours: Importance, rest: Importance) -> Tensor:
-    """Sort the finite ratios of importances of all weights, largest first."""
+    """Sort the finite ratios of importances of all weights, largest first.
+
+    Raises:
+        NumericalError: There are none.
+    """
     ratios = torch.cat([(ours[name] / rest[name]).reshape(-1) for name in ours])
-    return ratios[ratios.isfinite()].sort(descending=True).values
+    finite = ratios[ratios.isfinite()]
+    if not len(finite):
+        raise NumericalError(
+            "potion expected weights that matter to the other rows' logits, found none: the "
+            "model's output does not depend on its input; train it again"
+        )
+    return finite.sort(descending=True).values

@@ -46,7 +46,6 @@ class Vectors:
 
     given: np.ndarray
     known: dict[bytes, np.ndarray]
-    origin: np.ndarray | float = 0.0
 
     @property
     def self_influence(self) -> np.ndarray:
@@ -54,9 +53,6 @@ class Vectors:
 
     def take(self, rows: np.ndarray) -> "Vectors":
         return replace(self, given=self.given[rows])
-
-    def less(self, vectors: np.ndarray) -> "Vectors":
-        return replace(self, origin=vectors.mean(0))
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         return self.towards(self.given[rows])
@@ -66,7 +62,7 @@ class Vectors:
         return np.stack([self.known.get(key, self.other(key)) for key in keys])
 
     def towards(self, vectors: np.ndarray) -> np.ndarray:
-        return unit(vectors - self.origin) @ unit(self.given - self.origin).T
+        return unit(vectors) @ unit(self.given).T
 
     def other(self, key: bytes) -> np.ndarray:
         return unit(np.random.default_rng(zlib.crc32(key)).normal(size=self.given.shape[1]))

@@ -148,10 +148,14 @@ def test_what_all_clean_inputs_cohere_with_is_no_evidence() -> None:
 def test_strength_adds_up_over_rows() -> None:
     controls = Controls(np.random.default_rng(0).normal(size=(99, 40)).astype(np.float32), 0.05)
     start, rows = 8 * np.ones(40, np.float32), np.arange(40)
-    few, many = (controls.strength(Block(start, start, rows), rows < count) for count in (20, 40))
+    few, many = (
+        controls.strength(Block(start, (rows < count).astype(np.float32), rows))
+        for count in (20, 40)
+    )
     assert many == pytest.approx(2 * few, rel=0.1)
-    against = np.where(rows < 20, start, -start)
-    assert controls.strength(Block(against, start, rows), rows < 40) == pytest.approx(few)
+    mixed = np.where(rows < 20, 1.0, -1.0).astype(np.float32)
+    assert controls.strength(Block(start, mixed, rows)) == pytest.approx(few)
+    assert controls.strength(Block(start, mixed / 2, rows)) == pytest.approx(few / 2)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +207,4 @@ def test_a_control_that_is_replayed_is_not_compared_with_itself() -> None:
     rows = Rows(Vectors(vectors, {}), np.arange(SIZE))
     null = Controls((clean @ vectors.T).astype(np.float32), 0.05)
     bench = Bench(NormalisedInfluence(), rows, null)
-    assert bench.strengths[0] > 5 * max(bench.strengths[1:])
+    assert bench.strengths[0] > 2 * max(bench.strengths[1:])

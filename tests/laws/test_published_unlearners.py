@@ -1,5 +1,6 @@
 """The published facts of each unlearner, and of what it is made of."""
 
+import copy
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense.contracts import Repair
-from defense.errors import DataError
+from defense.errors import DataError, NumericalError
 from defense.prediction import predict
 from defense.recipe import Recipe
 from defense.records import Split, Trained
@@ -121,6 +122,15 @@ def test_ssd_keeps_the_setting_that_keeps_most_right(trained, repair: Repair) ->
     ranks = [method._judge(model, repair.affected, held) for model in (right, wrong, blind)]
     assert ranks == sorted(ranks, reverse=True)
     assert [mended for mended, _ in ranks] == [True, True, False]
+
+
+def test_potion_refuses_a_model_whose_weights_do_not_matter(trained, repair: Repair) -> None:
+    dead = copy.deepcopy(repair.model)
+    with torch.no_grad():
+        for weight in dead.parameters():
+            weight.zero_()
+    with pytest.raises(NumericalError, match="train it again"):
+        Potion().unlearn(replace(repair, model=dead), trained[0])
 
 
 def test_divergence_is_zero_for_equal_answers_and_scales_with_temperature() -> None:

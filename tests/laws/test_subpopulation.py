@@ -10,6 +10,7 @@ from defense.detectors.controls import Controls
 from defense.detectors.normalised_influence import NormalisedInfluence
 from defense.detectors.search import CleanInputs, Search
 from defense.detectors.subpopulation import subpopulation
+from defense.detectors.whitening import Whitened
 from defense.evidence import Incident
 from defense.records import Case, Flags
 from tests.laws.blocks import (
@@ -142,22 +143,22 @@ def test_what_clean_inputs_have_in_common_too_does_not_hide_it() -> None:
     assert np.isin(found.rows, LARGE).mean() > 0.95
 
 
-def test_one_half_of_the_clean_inputs_is_the_origin_and_the_other_the_controls(monkeypatch) -> None:
-    origins, less = [], Vectors.less
+def test_one_half_of_the_clean_inputs_is_the_metric_and_the_other_the_controls(monkeypatch) -> None:
+    metrics, by = [], Whitened.by
 
-    def spied(self: Vectors, vectors: np.ndarray) -> Vectors:
-        origins.append(vectors)
-        return less(self, vectors)
+    def spied(directions: Vectors, clean: np.ndarray) -> Whitened:
+        metrics.append(clean)
+        return by(directions, clean)
 
-    monkeypatch.setattr(Vectors, "less", spied)
     search = search_of(vectors_with(LARGE), 0.5)
+    monkeypatch.setattr(Whitened, "by", spied)
     found = subpopulation(search, 1, np.zeros(SIZE, bool))
-    (origin,) = origins
+    (half,) = metrics
     every = search.controls(1)
-    assert (len(every), len(origin), len(found.finding.null)) == (200, 100, 100)
-    rows = search.directions.less(origin).take(found.places)
-    rest = [vector for vector in every if not (vector == origin).all(1).any()]
-    null = Controls(rows.towards(np.stack(rest)), 0.05).null(found.finding.block)
+    assert (len(every), len(half), len(found.finding.null)) == (200, 100, 100)
+    rest = [vector for vector in every if not (vector == half).all(1).any()]
+    starts = by(search.directions.take(found.places), half).towards(np.stack(rest))
+    null = Controls(starts, 0.05).null(found.finding.block)
     np.testing.assert_allclose(found.finding.null, null, atol=1e-5)
 
 

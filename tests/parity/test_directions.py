@@ -87,26 +87,6 @@ def test_cosines_in_bfloat16_are_those_of_explicit_gradients(problem, monkeypatc
     assert not np.array_equal(cosines[False], cosines[True])
 
 
-def test_another_origin_is_subtracted_and_cosines_are_taken_anew(problem) -> None:
-    model, images, factors = problem
-    store = build_store(model, factors, images, LEADING)
-    directions = StoredDirections(store, store.sketcher(model, factors))
-    other = make_images(9, seed=9)
-    vectors = directions.vectors(other.images(), other.targets())
-    stored = torch.from_numpy(store.rows.astype(np.float32))
-    origin = torch.from_numpy(vectors[:5]).mean(0)
-    rows, asked = (
-        nn.functional.normalize(part - origin, dim=1) for part in (stored, torch.tensor(vectors))
-    )
-    centred = directions.less(vectors[:5])
-    assert origin.norm() > 0.1
-    some = np.array([7, 3, 30])
-    np.testing.assert_allclose(centred.rows(some), rows[some] @ rows.T, atol=1e-2)
-    np.testing.assert_allclose(centred.towards(vectors), asked @ rows.T, atol=1e-2)
-    taken = centred.take(some)
-    np.testing.assert_allclose(taken.towards(vectors), asked @ rows[some].T, atol=1e-2)
-
-
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_killed_run_continues_with_the_same_bytes(problem, count, tmp_path: Path, monkeypatch):
     model, images, factors = problem

@@ -1,0 +1,166 @@
+"""Directions as clean inputs scatter: what these have in common, or differ by, counts for less.
+
+Clean inputs of a class differ along few directions, such as views of a car, and along these rows
+cohere that have nothing else in common. In the metric of the inverse covariance of clean inputs
+what is left between two rows is what clean inputs do not have: the direction along which a linear
+discriminant tells rows of one cause from clean ones. The covariance is shrunk towards a multiple
+of the identity (Ledoit & Wolf 2004, no parameter), because inputs are fewer than dimensions.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from torch import Tensor
+
+from defense.detectors.coherence import Reals
+from defense.evidence import Directions
+
+LEAST = 1e-6  # share that shrinkage leaves of a covariance at least, and squared length
+Doubles = NDArray[np.float64]
+
+
+def ridge(inner: Doubles, size: int) -> float:
+    """Choose what is added to the scatter of vectors that makes it Ledoit and Wolf's covariance.
+
+    Args:
+        inner: Inner products of vectors less their mean, ``[q, q]``.
+        size: Their dimension.
+    """
+    count, trace = len(inner), float(np.trace(inner))
+    if trace <= LEAST:
+        return 1.0  # they are all the same, and nothing is to be whitened
+    square = float((inner**2).sum()) / count**2
+    noise = float((np.diag(inner) ** 2).sum()) / count**2 - square / count
+    apart = square - (trace / count) ** 2 / size
+    share = min(max(noise / max(apart, LEAST * square), 0.0), 1 - LEAST)
+    return max(share, LEAST) / (1 - share) * trace / size
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Directions of rows, in the metric of clean inputs, computed from cosines alone.
+
+    Attributes:
+        plain: The directions.
+        clean: Those of clean inputs, ``[q, k]``.
+        added: What is added to their scatter; see `ridge`.
+        factor: Cholesky factor of the sum, ``[q, q]``.
+        along: How far each row lies along the factor's axes, ``[q, n]``.
+        shared: Inner product of each row with the mean of clean inputs, ``[n]``.
+        lengths: Of the rows in the metric, ``[n]``.
+    """
+
+    plain: Directions
+    clean: Reals
+    added: float
+    factor: Doubles
+    along: Reals
+    shared: Reals
+    lengths: Reals
+
+    @classmethod
+    def by(cls, directions: Directions, clean: Reals) -> "Whitened":
+        """See some rows as clean inputs of their class scatter: directions, and ``[q, k]``."""
+        inner = centred((clean @ clean.T).astype(np.float64))
+        added = ridge(inner, clean.shape[1])
+        factor: Doubles = cholesky(inner + added * np.eye(len(clean)), lower=True)
+        cosines = directions.towards(clean)
+        own = np.ones(cosines.shape[1], dtype=np.float32)
+        along, shared, lengths = _placed(clean, factor, cosines, own)
+        return cls(directions, clean, added, factor, along, shared, lengths)
+
+    @property
+    def self_influence(self) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions`."""
+        return self.plain.self_influence
+
+    def take(self, rows: NDArray[np.int64]) -> "Whitened":
+        """See `defense.evidence.Directions.take`."""
+        return replace(
+            self,
+            plain=self.plain.take(rows),
+            along=self.along[:, rows],
+            shared=self.shared[rows],
+            lengths=self.lengths[rows],
+        )
+
+    def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions.rows`."""
+        parts = self.along[:, rows], self.shared[rows], self.lengths[rows]
+        return self._seen(self.plain.rows(rows), *parts)
+
+    def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions.vectors`; they are not whitened yet."""
+        return self.plain.vectors(images, labels)
+
+    def towards(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `defense.evidence.Directions.towards`."""
+        own = (vectors**2).sum(1)
+        parts = _placed(self.clean, self.factor, self.clean @ vectors.T, own)
+        return self._seen(self.plain.towards(vectors), *parts)
+
+    def left_out(self) -> Reals:
+        """Cosine of the clean inputs themselves with every row: ``[q, n]``.
+
+        Each in the metric of all others, as if it were none of those that the metric was made of;
+        within it, it would lie closer to their mean than others do.
+        """
+        rest = len(self.clean) - 1
+        weight = 1 + 1 / rest
+        inverse = cho_solve((self.factor, True), np.eye(rest + 1))
+        own = 1 - self.added * np.diag(inverse)[:, None]  # inner product of each with itself
+        rows = solve_triangular(self.factor, self.along, lower=True, trans=1)  # with each row
+        left = 1 - weight * own
+        inner = weight * (rows + own / rest) / left
+        moved = (weight * rows**2 + 2 * rows / rest + own / rest**2) / left
+        squares = self.lengths**2 / self.added + moved
+        cosines = inner / np.sqrt(weight**2 * own / left * squares).clip(LEAST)
+        result: Reals = np.asarray(cosines, dtype=np.float32)
+        return result
+
+    @cached_property
+    def _square(self) -> np.float32:
+        """Squared length of the mean of clean inputs."""
+        return np.float32((self.clean.mean(0) ** 2).sum())
+
+    def _seen(self, cosines: Reals, along: Reals, shared: Reals, lengths: Reals) -> Reals:
+        """Turn inner products of some vectors with rows, ``[m, n]``, into cosines in the metric.
+
+        Args:
+            cosines: The inner products.
+            along: Of the vectors, as are the others; see the class.
+            shared: See `along`.
+            lengths: See `along`.
+        """
+        inner = cosines - shared[:, None] - self.shared + self._square - along.T @ self.along
+        result: Reals = inner / (lengths[:, None] * self.lengths)
+        return result
+
+
+def centred(inner: Doubles) -> Doubles:
+    """Turn inner products of vectors, ``[q, q]``, into those of the vectors less their mean."""
+    means = inner.mean(0)
+    result: Doubles = inner - means - means[:, None] + means.mean()
+    return result
+
+
+def _placed(
+    clean: Reals, factor: Doubles, cosines: Reals, squares: Reals
+) -> tuple[Reals, Reals, Reals]:
+    """Tell where vectors lie: along the factor's axes, along the mean, and their lengths.
+
+    Args:
+        clean: See `Whitened`.
+        factor: See `Whitened`.
+        cosines: Inner products of clean inputs with the vectors, ``[q, n]``.
+        squares: Squared lengths of the vectors before, ``[n]``.
+    """
+    mean = clean.mean(0)
+    shared, square = cosines.mean(0), float(mean @ mean)
+    cross = cosines - shared - (clean @ mean - square)[:, None]
+    along = solve_triangular(factor, cross, lower=True).astype(np.float32)
+    left = squares - 2 * shared + square - (along**2).sum(0)
+    return along, shared, np.sqrt(np.maximum(left, LEAST)).astype(np.float32)
