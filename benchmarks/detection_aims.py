@@ -5,10 +5,10 @@ from typing import Any
 
 from benchmarks.detection_rows import (
     NONE,
-    OLDER,
     TITLES,
     Models,
     epochs,
+    mark_of,
     mean,
     runs_held,
     runs_of,
@@ -74,8 +74,7 @@ def _latest(
     """Pick the models of some attacks that have a figure, of one version; mark an earlier one."""
     chosen = [one for one in models.values() if one["attack"] in attacks and measured(one)]
     last = max(map(version, chosen), default=0)
-    mark = OLDER if last < max(map(version, models.values()), default=0) else ""
-    return [one for one in chosen if version(one) == last], mark
+    return [one for one in chosen if version(one) == last], mark_of(last, models)
 
 
 def _from_one(models: Models, attack: str, recall: float, precision: float) -> list[str]:

@@ -40,7 +40,7 @@ UNUSUAL = {
 }
 NONE = "–"
 OLDER = " †"
-LEGEND = "\n† measured with an earlier version of the detector.\n"
+LEGEND = "\n† measured with the version before the last, †† with the one before that.\n"
 
 
 def spread(values: Iterable[float | None], scale: float = 100.0) -> str:
@@ -56,6 +56,12 @@ def version(model: dict[str, Any]) -> int:
     """Tell with which version of the detector a model was measured; the first wrote none down."""
     known: int = model.get("version", 1)
     return known
+
+
+def mark_of(known: int, models: Models) -> str:
+    """Mark a version of the detector by how many there are after it."""
+    later = max(map(version, models.values()), default=known) - known
+    return OLDER + "†" * (later - 1) if later > 0 else ""
 
 
 def of(models: Models, attack: str) -> list[list[dict[str, Any]]]:
@@ -80,10 +86,10 @@ def each(
 
     Rows of versions before the latest are marked.
     """
-    newest, rows = max(map(version, models.values()), default=1), []
+    rows = []
     for attack, title in titles.items():
         for found in of(models, attack):
-            mark = OLDER if version(found[0]) < newest else ""
+            mark = mark_of(version(found[0]), models)
             if cells := row(found):
                 rows.append([title + mark, *cells])
     return rows

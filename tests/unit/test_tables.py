@@ -220,13 +220,13 @@ def test_models_of_an_earlier_detector_have_rows_of_their_own() -> None:
     old = {"attack": "badnets_1", "seed": 3, "seconds": 1}
     models = {
         "badnets_1-3": old,
-        "badnets_1-2-v2": {"attack": "badnets_1", "seed": 2, "version": 2},
-        "sig_1-3": old | {"attack": "sig_1"},
+        "badnets_1-2-v3": {"attack": "badnets_1", "seed": 2, "version": 3},
+        "sig_1-4-v2": old | {"attack": "sig_1", "seed": 4, "version": 2},
     }
     rows = detection_rows.each(models, lambda found: [str(model["seed"]) for model in found])
-    assert rows == [["BadNet 1 %", "2"], ["BadNet 1 % †", "3"], ["SIG 1 % †", "3"]]
+    assert rows == [["BadNet 1 %", "2"], ["BadNet 1 % ††", "3"], ["SIG 1 % †", "4"]]
     timed = detection_rows.each(models, lambda found: ["t" for m in found if "seconds" in m])
-    assert timed == [["BadNet 1 % †", "t"], ["SIG 1 % †", "t"]]
+    assert timed == [["BadNet 1 % ††", "t"], ["SIG 1 % †", "t"]]
 
 
 def test_a_page_of_nothing_has_no_tables() -> None:
