@@ -170,6 +170,7 @@ def investigation(
     first = seen[0].finding.flagged if seen[0].found(alarm) else np.zeros_like(flagged)
     return {
         "found": seen[0].found(alarm),
+        "suspected": seen[0].hidden(alarm),
         "p_value": seen[0].p_value,
         "p_value_left": seen[-1].p_value if not seen[-1].found(alarm) and len(seen) > 1 else None,
         "flagged": all_flags,
@@ -197,7 +198,7 @@ def innocents(suspect: Suspect, predicted: NDArray[np.int64]) -> dict[str, int]:
         own = chosen[predicted[chosen] == label]
         for start in starts_of(search.bench(int(label)).rows, test.images(own), int(label)):
             first: Sighting = next(iter(search.sightings(int(label), start)))
-            alarms += first.found(settings.alarm)
+            alarms += first.p_value <= settings.alarm
     return {"inputs": len(chosen), "alarms": int(alarms)}
 
 

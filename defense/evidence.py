@@ -52,11 +52,11 @@ class Incident:
     Attributes:
         affected: Numbers of the affected inputs; none if it is the label as a whole.
         label: The label they were given.
-        p_value: Share of controls that cohere as much with the rows flagged for them, counting
-            the incident as one; None of a label as a whole.
+        p_value: Share of controls that cohere as much with rows, weighed by how these cohere with
+            their block, counting the incident as one; None of a label as a whole.
         num_controls: Clean inputs that went through the same procedure. Of a label as a whole:
             those that its rows were compared with; 0 if it was not looked at.
-        num_flagged: Rows that are flagged; none if the verdict is that nothing was found.
+        num_flagged: Rows that are flagged; none unless the verdict is that poison was found.
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
             wider ends of two 95 % intervals: over resampled controls, and over what their
@@ -65,7 +65,7 @@ class Incident:
             above the alarm, what is left looks like controls; up to it, there is more, none of
             whose rows stands out. None without flags, or if fewer
             than 20 rows are left.
-        untold: Whether the incident is more than chance, yet no row stands out.
+        untold: Whether there is more than chance explains, yet no row of it stands out.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, ``[c]``.
         rival: The label of which that is most true, of those of which it surely is more than of

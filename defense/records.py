@@ -324,7 +324,7 @@ class Flags:
 
     @property
     def verdict(self) -> str:
-        """Say ``poison found`` if any row is flagged, ``poison suspected`` if none stands out."""
+        """``poison found`` if any row is flagged, ``poison suspected`` if something hints at it."""
         if self.mask.any():
             return "poison found"
         untold = any(incident.untold for incident in self.incidents)

@@ -107,7 +107,7 @@ class IncidentQuality(Part):
             cohere most with the affected inputs as among all rows, the most frequent first.
         rival: The label that is enriched most, of those that surely are more than the given one;
             None without any, or if all rows were looked among anyway.
-        untold: Whether it is more than chance, yet no row stands out.
+        untold: Whether there is more than chance explains, yet no row of it stands out.
     """
 
     affected: list[str]

@@ -127,7 +127,7 @@ class Controls:
 
     def where(self, mask: Mask) -> "Controls":
         """Select some of the rows, bool ``[n]``."""
-        return Controls(self.starts[:, mask], self.rate)
+        return Controls(np.compress(mask, self.starts, axis=1), self.rate)
 
     def standardised(self, start: Reals) -> Reals:
         """Express cosines of an input with rows, ``[n]``, in deviations of clean inputs."""

@@ -202,7 +202,7 @@ def _incident(
         settings.false_discovery_rate,
         (mean, low, high),
         seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
-        untold=not found and first.p_value <= settings.alarm,
+        untold=seen[-1].hidden(settings.alarm),
     )
 
 

@@ -33,7 +33,8 @@ class Coherence(Method):
 
     Attributes:
         false_discovery_rate: Share of false flags that is promised.
-        alarm: P-value up to which the verdict is that poison was found.
+        alarm: P-value up to which the verdict is that poison was found, or, if no row stands out,
+            that it is suspected.
         num_controls: Clean inputs of a class at most, for the tail of chance. Up to 200 go through
             the whole procedure; if they are too few for a p-value as small as `alarm`, other
             classes lend theirs.
@@ -89,10 +90,20 @@ class Bench:
         return Bench(self.settings, self.rows.where(mask), self.null.where(mask))
 
     @cached_property
-    def strengths(self) -> list[float]:
+    def strengths(self) -> NDArray[np.float64]:
         """Strengths of clean inputs themselves, each put through the same procedure."""
         starts = enumerate(self.null.starts[:REPLAYED])
-        return [self.judge(start, number).strength for number, start in starts]
+        return np.array([self.judge(start, number).strength for number, start in starts])
+
+    def relative(self, strength: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """Express strengths in median deviations of clean inputs, to compare classes by.
+
+        A strength adds up over rows, so that it is larger in larger classes.
+        """
+        middle = np.median(self.strengths)
+        spread = np.median(np.abs(self.strengths - middle))
+        result: NDArray[np.float64] = (strength - middle) / max(spread, np.finfo(np.float32).eps)
+        return result
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,10 @@ class Sighting:
     def found(self, alarm: float) -> bool:
         """Tell whether it is more than chance, and to be flagged."""
         return not self.beyond and self.p_value <= alarm and bool(self.finding.flagged.any())
+
+    def hidden(self, alarm: float) -> bool:
+        """Tell whether it is more than chance, yet no row stands out."""
+        return self.p_value <= alarm and not self.finding.flagged.any()
 
 
 @dataclass(frozen=True)
@@ -245,19 +260,23 @@ class Search:
         return Pointed(np.bincount(leading, minlength=count), np.bincount(labels, minlength=count))
 
     def strengths(self, bench: Bench, label: int) -> NDArray[np.float64]:
-        """Strengths of controls: those of the label, and of others if they are too few.
+        """Relative strengths of controls: of the label, and of others if they are too few.
 
         Raises:
             DataError: They are too few for an alarm.
         """
-        found, fewest = [*bench.strengths], math.ceil(1 / self.settings.alarm - 1e-9) - 1
+        found, fewest = (
+            [*bench.relative(bench.strengths)],
+            math.ceil(1 / self.settings.alarm - 1e-9) - 1,
+        )
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
             if len(found) >= fewest:
                 break
             enough = (self.train.labels == other).sum() > 1
             lent = self.clean.of(other, self.settings.num_controls)
             if other != label and enough and len(lent) >= FEWEST:
-                found += self.bench(other).strengths
+                lender = self.bench(other)
+                found += [*lender.relative(lender.strengths)]
         if len(found) < fewest:
             raise DataError(
                 f"an alarm at {self.settings.alarm:g} takes {fewest} clean inputs, got "
@@ -268,7 +287,8 @@ class Search:
     def _p_value(self, bench: Bench, label: int, finding: Finding) -> float:
         """Share of controls that are as strong as a finding, itself counted in."""
         strengths = self.strengths(bench, label)
-        return float((1 + (strengths >= finding.strength).sum()) / (1 + len(strengths)))
+        stronger = strengths >= bench.relative(finding.strength)
+        return float((1 + stronger.sum()) / (1 + len(strengths)))
 
     def sightings(self, label: int, start: Reals) -> Iterator[Sighting]:
         """Look for a block, take it out and look again, until nothing is found.
@@ -278,8 +298,8 @@ class Search:
             start: Cosine of an input with them, ``[n]``.
 
         Yields:
-            The blocks, the last of which is one that chance explains or that is one too many,
-            unless hardly a row is left.
+            The blocks, the last of which is one that chance explains, of which no row stands out
+            or that is one too many, unless hardly a row is left.
         """
         bench, among = self.bench(label), np.arange(len(start))
         for number in range(PASSES + 1):

@@ -18,7 +18,9 @@ from torch import Tensor
 from defense.detectors.coherence import Reals
 from defense.evidence import Directions
 
-LEAST = 1e-6  # share that shrinkage leaves of a covariance at least, and squared length
+LEAST = 1e-6  # share of the identity in a covariance, at least, and of the covariance itself
+SHORTEST = 0.1  # length in the metric that vectors are taken to have; rounding decides below it
+COLUMNS = 2**12  # rows that are compared with clean inputs together
 Doubles = NDArray[np.float64]
 
 
@@ -30,13 +32,13 @@ def ridge(inner: Doubles, size: int) -> float:
         size: Their dimension.
     """
     count, trace = len(inner), float(np.trace(inner))
-    if trace <= LEAST:
+    square = float((inner**2).sum()) / count**2  # of the covariance
+    if square <= np.finfo(np.float32).eps ** 2:
         return 1.0  # they are all the same, and nothing is to be whitened
-    square = float((inner**2).sum()) / count**2
     noise = float((np.diag(inner) ** 2).sum()) / count**2 - square / count
-    apart = square - (trace / count) ** 2 / size
-    share = min(max(noise / max(apart, LEAST * square), 0.0), 1 - LEAST)
-    return max(share, LEAST) / (1 - share) * trace / size
+    apart = square - (trace / count) ** 2 / size  # from the identity
+    share = np.clip(noise / max(apart, LEAST * square), LEAST, 1 - LEAST)
+    return float(share / (1 - share) * trace / size)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ class Whitened:
 
     @classmethod
     def by(cls, directions: Directions, clean: Reals) -> "Whitened":
-        """See some rows as clean inputs of their class scatter: directions, and ``[q, k]``."""
+        """See some rows as clean inputs of their class scatter.
+
+        Args:
+            directions: Of the rows; of length one.
+            clean: Of two or more clean inputs, ``[q, k]``.
+        """
         inner = centred((clean @ clean.T).astype(np.float64))
         added = ridge(inner, clean.shape[1])
         factor: Doubles = cholesky(inner + added * np.eye(len(clean)), lower=True)
@@ -82,14 +89,14 @@ class Whitened:
         return replace(
             self,
             plain=self.plain.take(rows),
-            along=self.along[:, rows],
+            along=np.take(self.along, rows, axis=1),
             shared=self.shared[rows],
             lengths=self.lengths[rows],
         )
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `defense.evidence.Directions.rows`."""
-        parts = self.along[:, rows], self.shared[rows], self.lengths[rows]
+        parts = np.take(self.along, rows, axis=1), self.shared[rows], self.lengths[rows]
         return self._seen(self.plain.rows(rows), *parts)
 
     def vectors(self, images: Tensor, labels: Tensor) -> NDArray[np.float32]:
@@ -105,20 +112,23 @@ class Whitened:
     def left_out(self) -> Reals:
         """Cosine of the clean inputs themselves with every row: ``[q, n]``.
 
-        Each in the metric of all others, as if it were none of those that the metric was made of;
-        within it, it would lie closer to their mean than others do.
+        Each in the metric of all others, as if it were none of those that the metric was made of
+        (for the same ridge); within it, it would lie closer to their mean than others do.
         """
         rest = len(self.clean) - 1
         weight = 1 + 1 / rest
         inverse = cho_solve((self.factor, True), np.eye(rest + 1))
         own = 1 - self.added * np.diag(inverse)[:, None]  # inner product of each with itself
-        rows = solve_triangular(self.factor, self.along, lower=True, trans=1)  # with each row
         left = 1 - weight * own
-        inner = weight * (rows + own / rest) / left
-        moved = (weight * rows**2 + 2 * rows / rest + own / rest**2) / left
-        squares = self.lengths**2 / self.added + moved
-        cosines = inner / np.sqrt(weight**2 * own / left * squares).clip(LEAST)
-        result: Reals = np.asarray(cosines, dtype=np.float32)
+        length = np.sqrt(self.added * weight**2 * own / left).clip(SHORTEST)
+        result = np.empty((len(self.clean), len(self.shared)), dtype=np.float32)
+        for first in range(0, len(self.shared), COLUMNS):
+            part = slice(first, first + COLUMNS)
+            rows = solve_triangular(self.factor, self.along[:, part], lower=True, trans=1)
+            moved = (weight * rows**2 + 2 * rows / rest + own / rest**2) / left
+            lengths = np.sqrt(self.lengths[part] ** 2 + self.added * moved)
+            inner = self.added * weight * (rows + own / rest) / left
+            result[:, part] = (inner / (length * lengths)).clip(-1, 1)
         return result
 
     @cached_property
@@ -136,7 +146,7 @@ class Whitened:
             lengths: See `along`.
         """
         inner = cosines - shared[:, None] - self.shared + self._square - along.T @ self.along
-        result: Reals = inner / (lengths[:, None] * self.lengths)
+        result: Reals = (inner / (lengths[:, None] * self.lengths)).clip(-1, 1)
         return result
 
 
@@ -163,4 +173,4 @@ def _placed(
     cross = cosines - shared - (clean @ mean - square)[:, None]
     along = solve_triangular(factor, cross, lower=True).astype(np.float32)
     left = squares - 2 * shared + square - (along**2).sum(0)
-    return along, shared, np.sqrt(np.maximum(left, LEAST)).astype(np.float32)
+    return along, shared, np.sqrt(left.clip(SHORTEST**2)).astype(np.float32)

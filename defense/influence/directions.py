@@ -27,6 +27,18 @@ class StoredDirections:
     store: RowStore
     sketcher: Sketcher
 
+    def __post_init__(self) -> None:
+        """Refuse vectors that are not of length one.
+
+        Raises:
+            ArtifactError: The store holds components of directions.
+        """
+        if self.store.components is not None:
+            raise ArtifactError(
+                "expected whole directions, got a store of their leading components: build it "
+                "with components null"
+            )
+
     @property
     def self_influence(self) -> NDArray[np.float32]:
         """See `defense.evidence.Directions`."""

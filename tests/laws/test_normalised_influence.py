@@ -1,6 +1,7 @@
 """The default detector: what it promises about flags, verdicts and several affected inputs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from scipy.stats import binom, spearmanr
 
 from defense.detectors.search import Pointed, Search
 from defense.errors import DataError
+from defense.storage import load_flags, save_flags
 from tests.conftest import make_images
 from tests.laws.blocks import (
     BLOCK,
@@ -73,6 +75,23 @@ def test_finds_nothing_for_an_input_without_a_block() -> None:
     assert flags.incidents[0].p_value > 0.02
     assert flags.incidents[0].num_flagged == 0
     assert flags.incidents[0].p_value_left is None
+
+
+def test_a_block_of_which_no_row_stands_out_is_suspected(tmp_path: Path) -> None:
+    """At a rate that nothing can reach; an input without a block stays unsuspected."""
+    found, nothing = (
+        detect(case_of(vectors_with(BLOCK), [affected], LABELS), false_discovery_rate=1e-12)
+        for affected in (towards(0, 3), towards(None, 3))
+    )
+    assert not found.mask.any()
+    incident = of_inputs(found)
+    assert (incident.untold, incident.num_flagged, incident.precision) == (True, 0, None)
+    assert incident.p_value <= 0.01
+    assert found.verdict == "poison suspected"
+    save_flags(tmp_path / "flags", found, inputs={})
+    assert load_flags(tmp_path / "flags")[0].incidents == found.incidents
+    assert not of_inputs(nothing).untold
+    assert nothing.verdict == "nothing found"
 
 
 def test_says_which_labels_an_input_points_to_and_warns_if_it_is_another(caplog) -> None:

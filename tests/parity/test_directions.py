@@ -11,7 +11,7 @@ from defense.errors import ArtifactError
 from defense.influence.directions import StoredDirections
 from defense.influence.layers import find_layers, flat_gradient
 from defense.influence.sketch import Sketcher
-from defense.influence.store import DirectionSettings, build_store, load_store
+from defense.influence.store import DirectionSettings, StoreSettings, build_store, load_store
 from defense.records import Factors
 from tests.conftest import KilledError, make_images
 from tests.unit.fits import fit, small_model
@@ -85,6 +85,13 @@ def test_cosines_in_bfloat16_are_those_of_explicit_gradients(problem, monkeypatc
         assert apart.mean() < mean
         assert apart.max() < most
     assert not np.array_equal(cosines[False], cosines[True])
+
+
+def test_a_store_of_components_is_refused_because_its_vectors_are_shorter(problem) -> None:
+    model, images, factors = problem
+    store = build_store(model, factors, images, StoreSettings(components=8, probe=16))
+    with pytest.raises(ArtifactError, match="build it with components null"):
+        StoredDirections(store, store.sketcher(model, factors))
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

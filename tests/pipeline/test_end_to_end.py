@@ -134,6 +134,16 @@ def test_advice_about_labels_is_on_the_page_if_there_is_any(clone: Path) -> None
     assert "<strong>7 is not the predicted label: look among all rows" in page
 
 
+def test_a_cause_that_no_row_gives_away_is_told_on_the_page(clone: Path) -> None:
+    report = read_report(clone / "reports" / "audit.json")
+    pictures = file_bytes(clone / "reports" / "plots")
+    assert "no row of it stands out" not in render(report, pictures)
+    first, *others = report.incidents
+    untold = [first.model_copy(update={"untold": True, "num_flagged": 0}), *others]
+    page = render(report.model_copy(update={"incidents": untold}), pictures)
+    assert "more than chance, but no row of it stands out" in page
+
+
 def test_counterfactuals_tell_the_cause_from_other_rows(home: Path) -> None:
     done = stage(home, "counterfactual")
     assert done.returncode == 0, done.stderr

@@ -78,7 +78,7 @@ def test_detection_counts_against_the_truth() -> None:
 def test_incidents_are_told_by_the_names_of_classes_and_inputs(split: Split) -> None:
     flags = Flags(np.zeros(2, np.float32), 0.0, np.ones(2, bool), np.ones(2, bool))
     told = Incident((1,), 2, 0.01, 100, 40, 0.05, (1.0, 0.0, 4.0), 0.5, (0.5, 3.0, 1.0, 0.1), 1)
-    silent = replace(told, rival=None)
+    silent = replace(told, rival=None, untold=True)
     exhibits = SimpleNamespace(
         affected=split.test.take(np.arange(2)),
         train=split.train,
@@ -87,6 +87,7 @@ def test_incidents_are_told_by_the_names_of_classes_and_inputs(split: Split) -> 
     first, second = incidents(exhibits)
     names = split.train.class_names
     assert (first.label, first.rival, second.rival) == (names[2], names[1], None)
+    assert (first.untold, second.untold) == (False, True)
     assert first.affected == [split.test.ids[1]]
     assert list(first.enrichment) == [names[1], names[2], names[0], names[3]]
     assert first.precision == (0.975, 0.9, 1.0)

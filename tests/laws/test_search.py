@@ -1,0 +1,51 @@
+"""What a search compares rows with: clean inputs of their class, and others where these are few."""
+
+import numpy as np
+import pytest
+import torch
+
+from defense.detectors.normalised_influence import NormalisedInfluence
+from defense.detectors.search import CleanInputs, Search
+from defense.detectors.whitening import Whitened
+from tests.conftest import make_images
+from tests.laws.blocks import BLOCK, LABELS, SIZE, case_of, towards, vectors_with
+from tests.laws.cases import Vectors
+
+
+def search_of(clean: int, *, everywhere: bool = False) -> Search:
+    case = case_of(vectors_with(BLOCK), [towards(None, 3)], LABELS)
+    inputs = CleanInputs(make_images(clean, seed=8), torch.Generator().manual_seed(5))
+    settings = NormalisedInfluence()
+    return Search(settings, case.train, case.directions, inputs, everywhere=everywhere)
+
+
+def test_rows_are_compared_in_the_metric_of_clean_inputs_and_these_without_themselves() -> None:
+    search = search_of(800)
+    bench = search.bench(1)
+    seen = Whitened.by(Vectors(vectors_with(BLOCK)[LABELS == 1], {}), search.controls(1))
+    np.testing.assert_allclose(bench.null.starts, seen.left_out(), atol=1e-6)
+    some = np.array([7, 3])
+    expected = seen.rows(some)
+    expected[np.arange(2), some] = np.nan
+    np.testing.assert_allclose(bench.rows.between(some), expected, atol=1e-6)
+
+
+def test_rows_of_all_labels_are_compared_as_they_are() -> None:
+    search = search_of(800, everywhere=True)
+    vectors = vectors_with(BLOCK)
+    bench = search.bench(1)
+    assert len(bench.rows) == SIZE
+    np.testing.assert_allclose(bench.null.starts, search.controls(1) @ vectors.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [1, 2])
+def test_p_values_of_a_class_whose_controls_are_lent_are_spread_evenly(label: int) -> None:
+    """One class has sixteen times as many rows as the others, and each has 25 clean inputs."""
+    search = search_of(100)
+    drawn = np.stack([towards(None, 500 + number) for number in range(60)])
+    starts = search.bench(label).rows.directions.towards(drawn)
+    p_values = np.array([next(search.sightings(label, start)).p_value for start in starts])
+    assert len(search.strengths(search.bench(label), label)) == 100
+    assert 0.3 < p_values.mean() < 0.7
+    assert (p_values <= 0.05).mean() <= 0.15
+    assert (p_values >= 0.95).mean() <= 0.15
