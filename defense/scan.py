@@ -191,13 +191,15 @@ class Scanner:
         yield from starts[np.argsort(-depth, kind="stable")]
 
     def _blocks(self, label: int, *kinds: Iterator[Reals]) -> Iterator[Suspicion]:
-        """Grow blocks from some places of every kind, as long as their seeds are new."""
-        bench, known = self.search.bench(label), set[int]()
+        """Grow blocks from some places of every kind, as long as they are new."""
+        bench, known, told = self.search.bench(label), set[int](), set[int]()
         for block in itertools.chain(*(self._grown(bench, starts, known) for starts in kinds)):
             finding = bench.null.judge(bench.rows, block, self.settings.rounds)
             members = np.flatnonzero(finding.flagged)
             known |= {*block.seeds.tolist(), *members.tolist()}
-            if len(members) >= self.settings.smallest:
+            again = len(told & {*members.tolist()}) > MOSTLY * len(members)
+            if len(members) >= self.settings.smallest and not again:
+                told |= {*members.tolist()}
                 yield Suspicion(label, bench.rows.places[members], finding)
 
     def _grown(self, bench: Bench, starts: Iterator[Reals], known: set[int]) -> Iterator[Block]:
