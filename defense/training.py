@@ -26,19 +26,19 @@ VERSION = 2  # of the loop below; a checkpoint of another version is not continu
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Mirror and shift every image at random: ``[n, c, h, w]`` to the same shape."""
-    count, _, height, width = images.shape
+    """Mirror and shift every image at random, where it is: ``[n, c, h, w]`` to the same shape."""
+    count, channels, height, width = images.shape
     if recipe.flip:
-        chosen = torch.rand(count, generator=generator) < 0.5
+        chosen = torch.rand(count, generator=generator).to(images.device) < 0.5
         images = torch.where(chosen[:, None, None, None], images.flip(3), images)
     if recipe.shift:
         shift = recipe.shift
         padded = F.pad(images, [shift] * 4)
         top, left = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
-        rows = (top + torch.arange(height))[:, None, :, None]
-        columns = (left + torch.arange(width))[:, None, None, :]
-        channels = torch.arange(images.shape[1])[None, :, None, None]
-        images = padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # of an image in a row
+        taken = pixels.reshape(count, 1, -1).to(images.device).expand(-1, channels, -1)
+        images = padded.flatten(2).gather(2, taken).view(count, channels, height, width)
     return images
 
 
@@ -246,7 +246,7 @@ def _epoch(
     order = torch.randperm(len(images), generator=generator).numpy()[: phase.num_rows]
     total = torch.zeros((), device=stepper.place)
     for rows, share in zip(np.array_split(order, len(shares)), shares, strict=True):
-        batch = augment(images.images(rows), recipe, generator)
+        batch = augment(images.images(rows).to(stepper.place), recipe, generator)
         loss = stepper.step(phase, batch, rows, learning_rate_at(recipe, float(share)))
         total += loss * len(rows)  # stays on the device: no step waits for it
         bar.update()

@@ -159,7 +159,7 @@ class Matching:
         for first in parts:
             rows = slice(first, first + self.settings.batch_size)
             batch = self.images[rows] + change[rows] * self.deviations
-            batch = augment(batch, self.recipe, generator)
+            batch = augment(batch.to(device()), self.recipe, generator)
             got = parameter_gradient(self.model, batch, self.labels[rows], keep_graph=True)
             apart = 1 - F.cosine_similarity(self.aim, got, dim=0)
             apart.backward(inputs=[change])
