@@ -14,7 +14,7 @@ from torch import Tensor
 
 from defense.detectors.coherence import Block, Reals, Rows
 from defense.detectors.controls import Controls, Finding
-from defense.detectors.whitening import Whitened
+from defense.detectors.whitening import RowsWithout, Whitened
 from defense.errors import DataError
 from defense.evidence import Directions
 from defense.method import Method
@@ -93,7 +93,14 @@ class Bench:
     def strengths(self) -> NDArray[np.float64]:
         """Strengths of clean inputs themselves, each put through the same procedure."""
         starts = enumerate(self.null.starts[:REPLAYED])
-        return np.array([self.judge(start, number).strength for number, start in starts])
+        return np.array([self._without(n).judge(start, n).strength for n, start in starts])
+
+    def _without(self, number: int) -> "Bench":
+        """See the rows as if a clean input had taken no part in the metric."""
+        seen = self.rows.directions
+        if not isinstance(seen, Whitened):
+            return self
+        return replace(self, rows=RowsWithout(self.rows, seen, number))
 
     def relative(self, strength: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Express strengths in median deviations of clean inputs, to compare classes by.

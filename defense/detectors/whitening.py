@@ -9,14 +9,16 @@ of the identity (Ledoit & Wolf 2004, no parameter), because inputs are fewer tha
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from torch import Tensor
 
-from defense.detectors.coherence import Reals
+from defense.detectors.coherence import Reals, Rows
 from defense.evidence import Directions
+from defense.records import Mask
 
 LEAST = 1e-6  # share of the identity in a covariance, at least, and of the covariance itself
 SHORTEST = 0.1  # length in the metric that vectors are taken to have; rounding decides below it
@@ -115,21 +117,30 @@ class Whitened:
         Each in the metric of all others, as if it were none of those that the metric was made of
         (for the same ridge); within it, it would lie closer to their mean than others do.
         """
-        rest = len(self.clean) - 1
-        weight = 1 + 1 / rest
-        inverse = cho_solve((self.factor, True), np.eye(rest + 1))
-        own = 1 - self.added * np.diag(inverse)[:, None]  # inner product of each with itself
-        left = 1 - weight * own
-        length = np.sqrt(self.added * weight**2 * own / left).clip(SHORTEST)
-        result = np.empty((len(self.clean), len(self.shared)), dtype=np.float32)
+        count = len(self.clean)
+        inverse = cho_solve((self.factor, True), np.eye(count))
+        one = Absence(count, self.added, 1 - self.added * np.diag(inverse)[:, None])
+        length = np.sqrt(self.added * one.weight**2 * one.own / one.left).clip(SHORTEST)
+        result = np.empty((count, len(self.shared)), dtype=np.float32)
         for first in range(0, len(self.shared), COLUMNS):
             part = slice(first, first + COLUMNS)
             rows = solve_triangular(self.factor, self.along[:, part], lower=True, trans=1)
-            moved = (weight * rows**2 + 2 * rows / rest + own / rest**2) / left
-            lengths = np.sqrt(self.lengths[part] ** 2 + self.added * moved)
-            inner = self.added * weight * (rows + own / rest) / left
+            lengths = np.sqrt(self.lengths[part] ** 2 + one.added(rows, rows))
+            inner = self.added * one.weight * (rows + one.own / one.rest) / one.left
             result[:, part] = (inner / (length * lengths)).clip(-1, 1)
         return result
+
+    def without(self, number: int) -> tuple["Absence", Doubles]:
+        """Tell what changes in the metric of all clean inputs but one.
+
+        Returns:
+            The change, and the inner product of the clean input with every row, ``[n]``.
+        """
+        unit = np.zeros(len(self.clean))
+        unit[number] = 1
+        axis = solve_triangular(self.factor, unit, lower=True)
+        own = 1 - self.added * (axis @ axis)
+        return Absence(len(self.clean), self.added, own), axis @ self.along
 
     @cached_property
     def _square(self) -> np.float32:
@@ -148,6 +159,88 @@ class Whitened:
         inner = cosines - shared[:, None] - self.shared + self._square - along.T @ self.along
         result: Reals = (inner / (lengths[:, None] * self.lengths)).clip(-1, 1)
         return result
+
+
+@dataclass(frozen=True)
+class Absence:
+    """How inner products in the metric change if one clean input, or each, had no part in it.
+
+    Attributes:
+        count: Clean inputs.
+        ridge: What is added to their scatter.
+        own: Inner product of the one with itself, over the ridge; or ``[q, 1]``, of each.
+    """
+
+    count: int
+    ridge: float
+    own: Any
+
+    @property
+    def rest(self) -> int:
+        """Number of the other clean inputs."""
+        return self.count - 1
+
+    @property
+    def weight(self) -> float:
+        """How much further the one lies from the mean of the others."""
+        return 1 + 1 / self.rest
+
+    @property
+    def left(self) -> Any:
+        """One less what the one explains of itself."""
+        return 1 - self.weight * self.own
+
+    def added(self, one: Doubles, other: Doubles) -> Doubles:
+        """Tell what is added to the inner product of vectors (Sherman & Morrison 1950).
+
+        Args:
+            one: Inner product of a vector with the clean input, over the ridge.
+            other: The same of another vector, of a shape to be broadcast with the first.
+        """
+        away = self.own / self.rest
+        moved = (one + other + away) / self.rest
+        turned = self.weight * (one + away) * (other + away) / self.left
+        result: Doubles = self.ridge * (moved + turned)
+        return result
+
+
+class RowsWithout(Rows):
+    """Rows in the metric of all clean inputs but one, from what is known of them in that of all.
+
+    A clean input that stands for an innocent one finds rows as that does only so: what it has in
+    common with rows counts for less in a metric that it took part in.
+    """
+
+    def __init__(self, rows: Rows, seen: Whitened, number: int) -> None:
+        """Leave out a clean input.
+
+        Args:
+            rows: The rows, in the metric of all.
+            seen: Their directions.
+            number: Of the clean input.
+        """
+        self.places, self.all_in, self.seen_by, self.number = rows.places, rows, seen, number
+        self.change, self.towards_it = seen.without(number)
+        own = self.change.added(self.towards_it, self.towards_it)
+        self.lengths = np.sqrt(seen.lengths**2 + own)
+
+    def where(self, mask: Mask) -> "RowsWithout":
+        """See `Rows.where`."""
+        return RowsWithout(
+            self.all_in.where(mask), self.seen_by.take(np.flatnonzero(mask)), self.number
+        )
+
+    def between(self, rows: NDArray[np.int64]) -> Reals:
+        """See `Rows.between`."""
+        known, lengths = self.all_in.between(rows), self.seen_by.lengths
+        inner = known * (lengths[rows, None] * lengths)
+        inner += self.change.added(self.towards_it[rows, None], self.towards_it)
+        inner /= self.lengths[rows, None] * self.lengths
+        return inner.clip(-1, 1)
+
+    def separate(self, mask: Mask) -> Mask | None:
+        """See `Rows.separate`; groups are told by the metric of all."""
+        return self.all_in.separate(mask)
 
 
 def centred(inner: Doubles) -> Doubles:

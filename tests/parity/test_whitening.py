@@ -5,7 +5,8 @@ import pytest
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import average_precision_score
 
-from defense.detectors.whitening import Whitened
+from defense.detectors.coherence import Rows
+from defense.detectors.whitening import RowsWithout, Whitened
 from tests.laws.cases import Vectors, unit
 
 WIDTH = 48
@@ -93,3 +94,24 @@ def test_rows_of_one_cause_stand_out_of_what_all_rows_differ_by() -> None:
     )
     assert before < 0.6
     assert after > 0.85
+
+
+@pytest.mark.parametrize("count", [20, 120])
+def test_rows_are_seen_as_if_the_metric_were_made_without_a_clean_input(count: int) -> None:
+    vectors, clean = drawn(30, 0), drawn(count, 2).astype(np.float64)
+    rows = Rows(Vectors(vectors, {}), np.arange(30))
+    seen = Whitened.by(rows.directions, clean.astype(np.float32))
+    found = RowsWithout(rows.seen(seen), seen, 3)
+    exact = inverse(np.delete(clean, 3, axis=0), seen.added)
+    some = np.array([7, 3, 20])
+    expected = cosines(vectors[some], vectors, *exact)
+    expected[np.arange(3), some] = np.nan
+    np.testing.assert_allclose(found.between(some), expected, atol=1e-4)
+    assert np.abs(found.between(some) - rows.seen(seen).between(some))[:, 0].max() > 1e-3
+    part = found.where(np.isin(np.arange(30), some))
+    order = np.sort(some)
+    np.testing.assert_allclose(
+        part.between(np.array([2]))[0, :2],
+        cosines(vectors[order[2:]], vectors[order[:2]], *exact)[0],
+        atol=1e-4,
+    )
