@@ -119,28 +119,43 @@ class Whitened:
         """
         count = len(self.clean)
         inverse = cho_solve((self.factor, True), np.eye(count))
-        one = Absence(count, self.added, 1 - self.added * np.diag(inverse)[:, None])
-        length = np.sqrt(self.added * one.weight**2 * one.own / one.left).clip(SHORTEST)
+        own = 1 - self.added * np.diag(inverse)[:, None]  # inner product of each with itself
+        gain, less = self._absence(own)
+        length = np.sqrt(gain * own * count / (count - 1)).clip(SHORTEST)
         result = np.empty((count, len(self.shared)), dtype=np.float32)
         for first in range(0, len(self.shared), COLUMNS):
             part = slice(first, first + COLUMNS)
             rows = solve_triangular(self.factor, self.along[:, part], lower=True, trans=1)
-            lengths = np.sqrt(self.lengths[part] ** 2 + one.added(rows, rows))
-            inner = self.added * one.weight * (rows + one.own / one.rest) / one.left
+            lengths = np.sqrt(self.lengths[part] ** 2 + gain * (rows + 1 / count) ** 2 - less)
+            inner = gain * (rows + own / (count - 1))
             result[:, part] = (inner / (length * lengths)).clip(-1, 1)
         return result
 
-    def without(self, number: int) -> tuple["Absence", Doubles]:
-        """Tell what changes in the metric of all clean inputs but one.
+    def without(self, number: int) -> tuple[Reals, float]:
+        """Tell how inner products of rows change if one clean input had no part in the metric.
 
         Returns:
-            The change, and the inner product of the clean input with every row, ``[n]``.
+            What the product of is added, for every row, ``[n]``, and what is taken off.
         """
         unit = np.zeros(len(self.clean))
         unit[number] = 1
         axis = solve_triangular(self.factor, unit, lower=True)
-        own = 1 - self.added * (axis @ axis)
-        return Absence(len(self.clean), self.added, own), axis @ self.along
+        gain, less = self._absence(1 - self.added * (axis @ axis))
+        towards: Reals = axis.astype(np.float32) @ self.along
+        return np.float32(np.sqrt(gain)) * (towards + np.float32(1 / len(self.clean))), less
+
+    def _absence(self, own: Any) -> tuple[Any, float]:
+        """Take one clean input out of mean and scatter (Sherman & Morrison 1950).
+
+        With ``u`` and ``v``, the inner products of two vectors with the input over the ridge, that
+        of the vectors changes by ``gain * (u + 1 / q) * (v + 1 / q) - less``.
+
+        Args:
+            own: Inner product of the input with itself over the ridge; or of several.
+        """
+        count = len(self.clean)
+        gain = self.added * count / (count - 1 - count * own)
+        return gain, self.added / (count * (count - 1))
 
     @cached_property
     def _square(self) -> np.float32:
@@ -161,49 +176,6 @@ class Whitened:
         return result
 
 
-@dataclass(frozen=True)
-class Absence:
-    """How inner products in the metric change if one clean input, or each, had no part in it.
-
-    Attributes:
-        count: Clean inputs.
-        ridge: What is added to their scatter.
-        own: Inner product of the one with itself, over the ridge; or ``[q, 1]``, of each.
-    """
-
-    count: int
-    ridge: float
-    own: Any
-
-    @property
-    def rest(self) -> int:
-        """Number of the other clean inputs."""
-        return self.count - 1
-
-    @property
-    def weight(self) -> float:
-        """How much further the one lies from the mean of the others."""
-        return 1 + 1 / self.rest
-
-    @property
-    def left(self) -> Any:
-        """One less what the one explains of itself."""
-        return 1 - self.weight * self.own
-
-    def added(self, one: Doubles, other: Doubles) -> Doubles:
-        """Tell what is added to the inner product of vectors (Sherman & Morrison 1950).
-
-        Args:
-            one: Inner product of a vector with the clean input, over the ridge.
-            other: The same of another vector, of a shape to be broadcast with the first.
-        """
-        away = self.own / self.rest
-        moved = (one + other + away) / self.rest
-        turned = self.weight * (one + away) * (other + away) / self.left
-        result: Doubles = self.ridge * (moved + turned)
-        return result
-
-
 class RowsWithout(Rows):
     """Rows in the metric of all clean inputs but one, from what is known of them in that of all.
 
@@ -219,28 +191,26 @@ class RowsWithout(Rows):
             seen: Their directions.
             number: Of the clean input.
         """
-        self.places, self.all_in, self.seen_by, self.number = rows.places, rows, seen, number
-        self.change, self.towards_it = seen.without(number)
-        own = self.change.added(self.towards_it, self.towards_it)
-        self.lengths = np.sqrt(seen.lengths**2 + own)
+        self.places, self.known, self.seen_by, self.number = rows.places, rows, seen, number
+        self.more, self.less = seen.without(number)
+        self.lengths = np.sqrt((seen.lengths**2 + self.more**2 - self.less).clip(SHORTEST**2))
 
     def where(self, mask: Mask) -> "RowsWithout":
         """See `Rows.where`."""
-        return RowsWithout(
-            self.all_in.where(mask), self.seen_by.take(np.flatnonzero(mask)), self.number
-        )
+        seen = self.seen_by.take(np.flatnonzero(mask))
+        return RowsWithout(self.known.where(mask), seen, self.number)
 
     def between(self, rows: NDArray[np.int64]) -> Reals:
         """See `Rows.between`."""
-        known, lengths = self.all_in.between(rows), self.seen_by.lengths
-        inner = known * (lengths[rows, None] * lengths)
-        inner += self.change.added(self.towards_it[rows, None], self.towards_it)
+        lengths = self.seen_by.lengths
+        inner = self.known.between(rows) * (lengths[rows, None] * lengths)
+        inner += self.more[rows, None] * self.more - self.less
         inner /= self.lengths[rows, None] * self.lengths
         return inner.clip(-1, 1)
 
     def separate(self, mask: Mask) -> Mask | None:
-        """See `Rows.separate`; groups are told by the metric of all."""
-        return self.all_in.separate(mask)
+        """See `Rows.separate`; groups are told in the metric of all."""
+        return self.known.separate(mask)
 
 
 def centred(inner: Doubles) -> Doubles:
