@@ -293,20 +293,30 @@ def main(names: tuple[str, ...], seeds: str, *, repair: bool, alone: bool, work:
     """Measure what has not been measured, and write down all that was."""
     work.mkdir(parents=True, exist_ok=True)
     for seed in numbers(seeds):
-        if seed in CHOSEN:
-            raise click.UsageError(f"settings were chosen on seeds {sorted(CHOSEN)}: give others")
         for name in names:
-            file = work / f"{name}-{seed}-v{VERSION}.json"
-            if not file.exists():
-                scratch = work / "scratch" / f"{name}-{seed}"
-                resumed = scratch.is_dir()
-                suspect = make_suspect(name, seed, scratch)
-                facts = measure(suspect, repair=repair, alone=alone)
-                if resumed:  # its training says nothing of how long an epoch takes
-                    facts["seconds"]["epoch"] = None
-                write_json(file, facts)
-                print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
+            measured(name, seed, work, repair=repair, alone=alone)
     collect(work)
+
+
+def measured(name: str, seed: int, work: Path, *, repair: bool, alone: bool = False) -> None:
+    """Measure a model, unless that has been done, and keep what was found in a file of its own.
+
+    Raises:
+        click.UsageError: Settings were chosen on the seed.
+    """
+    if seed in CHOSEN:
+        raise click.UsageError(f"settings were chosen on seeds {sorted(CHOSEN)}: give others")
+    file = work / f"{name}-{seed}-v{VERSION}.json"
+    if file.exists():
+        return
+    scratch = work / "scratch" / f"{name}-{seed}"
+    resumed = scratch.is_dir()
+    suspect = make_suspect(name, seed, scratch)
+    facts = measure(suspect, repair=repair, alone=alone)
+    if resumed:  # its training says nothing of how long an epoch takes
+        facts["seconds"]["epoch"] = None
+    write_json(file, facts)
+    print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
 
 
 def collect(work: Path) -> None:

@@ -51,7 +51,7 @@ def gather(home: Path = HOME, store: Path = STORE) -> Cells:
                 cells.setdefault(name, {})[suspect] = cell | parts
     for folder in sorted((home / "cells").glob("*/*/*")):
         name = "/".join(folder.parts[-3:])
-        if _note(home, folder, name, "train") is not None:
+        if noted(home, name, "train") is not None:
             suspect, found = _attack(home, folder, name)
             old = cells.setdefault(name, {}).get(suspect, {part: {} for part in PARTS})
             merged = {part: old[part] | found[part] for part in PARTS}
@@ -99,9 +99,9 @@ def _settings(home: Path, cell: str, stage: str) -> str | None:
         return None
 
 
-def _note(home: Path, folder: Path, cell: str, stage: str) -> Record | None:
+def noted(home: Path, cell: str, stage: str) -> Record | None:
     """Read what a stage noted when it ran; None if it has not, or under other parameters."""
-    path = folder / "metrics" / f"{stage}.run.json"
+    path = home / "cells" / cell / "metrics" / f"{stage}.run.json"
     note = _read(path) if path.is_file() else None
     current = note is not None and note["settings"] == _settings(home, cell, stage)
     return note if current else None
@@ -118,7 +118,7 @@ def _attack(home: Path, folder: Path, name: str) -> tuple[str, Record]:
     truth, planted = load_truth(folder / "artifacts" / "truth")
     suspect = read_manifest(folder / "artifacts" / "affected").inputs["suspect"]
     ours = {"poisoned_train": planted.inputs["poisoned_train"], "suspect": suspect}
-    stages = {stage: _note(home, folder, name, stage) for stage in ATTACK_STAGES}
+    stages = {stage: noted(home, name, stage) for stage in ATTACK_STAGES}
     trained = _read(folder / "metrics" / "train.run.json")
     where = {key: trained[key] for key in ("device", "torch")}
     cell: Record = {
@@ -141,7 +141,7 @@ def _attack(home: Path, folder: Path, name: str) -> tuple[str, Record]:
 def _add_detector(home: Path, cell: Record, place: Path, name: str, truth: Truth) -> None:
     """Add what a detector flagged, and what the counterfactuals made of it."""
     folder = place.parents[1]
-    note = _note(home, folder, f"{name}/{folder.name}", _stage(folder.name))
+    note = noted(home, f"{name}/{folder.name}", _stage(folder.name))
     if note is None:
         return
     flags, _ = load_flags(place)
@@ -160,7 +160,7 @@ def _add_detector(home: Path, cell: Record, place: Path, name: str, truth: Truth
         for entry in detection_quality(flags, truth)
     }
     file = folder / "metrics" / "counterfactual.json"
-    if _note(home, folder, f"{name}/{folder.name}", "counterfactual") is not None:
+    if noted(home, f"{name}/{folder.name}", "counterfactual") is not None:
         cell["detectors"][folder.name]["counterfactual"] = {
             removed: {"removed": entry["removed"]}
             | {
@@ -174,7 +174,7 @@ def _add_detector(home: Path, cell: Record, place: Path, name: str, truth: Truth
 def _add_repair(home: Path, cell: Record, report: Path, name: str) -> None:
     """Add what one audit measured."""
     part = "/".join(report.parts[-4:-2])
-    note = _note(home, report.parents[1], f"{name}/{part}", "remediate")
+    note = noted(home, f"{name}/{part}", "remediate")
     if note is None:
         return
     audit = _read(report)

@@ -194,14 +194,14 @@ def _incident(
     parts = [finding.expected_false for finding in found or [first.finding]]
     mean, low, high = np.sum(parts, axis=0).tolist()
     return Incident(
-        affected,
-        label,
-        first.p_value,
-        len(search.strengths(search.bench(label), label)),
-        int(sum(finding.flagged.sum() for finding in found)),
-        settings.false_discovery_rate,
-        (mean, low, high),
-        seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
+        affected=affected,
+        label=label,
+        p_value=first.p_value,
+        num_controls=len(search.strengths(search.bench(label), label)),
+        num_flagged=int(sum(finding.flagged.sum() for finding in found)),
+        false_discovery_rate=settings.false_discovery_rate,
+        expected_false=(mean, low, high),
+        p_value_left=seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
         untold=seen[-1].hidden(settings.alarm),
     )
 

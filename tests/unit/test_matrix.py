@@ -1,11 +1,11 @@
 """The matrix of runs: every cell's parameters are valid, and its folders and code are right."""
 
-from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks.parallel import fill, items
 from defense.errors import DefenseError
 from pipelines.matrix import read_cell, settings_of
 from pipelines.paths import REFERENCES
@@ -21,20 +21,7 @@ METHODS = ("attacks", "detectors", "unlearning")
 
 def cells(stage: str) -> list[dict]:
     """List the items of a stage's matrix."""
-    axes = STAGES[stage]["matrix"]
-    lists = [
-        LISTS[axis[5:-1]] if isinstance(axis, str) else axis for axis in axes.values()
-    ]  # "${of.name}"
-    return [dict(zip(axes, item, strict=True)) for item in product(*lists)]
-
-
-def fill(text: str, item: dict) -> str:
-    """Put the values of an item into a template."""
-    for name, value in item.items():
-        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
-            text = text.replace(f"${{item.{name}{'.' if key else ''}{key}}}", str(part))
-    assert "${item" not in text, text
-    return text
+    return [*items(STAGES[stage]["matrix"], LISTS)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
