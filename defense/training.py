@@ -34,10 +34,12 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     if recipe.shift:
         shift = recipe.shift
         padded = F.pad(images, [shift] * 4)
-        top, left = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
-        rows, columns = top + torch.arange(height), left + torch.arange(width)
-        pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # of an image in a row
-        taken = pixels.reshape(count, 1, -1).to(images.device).expand(-1, channels, -1)
+        offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
+        top, left = offsets.to(images.device)
+        rows = top + torch.arange(height, device=images.device)
+        columns = left + torch.arange(width, device=images.device)
+        pixels = rows[:, None, :, None] * padded.shape[3] + columns[:, None, None, :]
+        taken = pixels.flatten(2).expand(-1, channels, -1)  # numbers within an image, row by row
         images = padded.flatten(2).gather(2, taken).view(count, channels, height, width)
     return images
 

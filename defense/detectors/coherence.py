@@ -1,5 +1,6 @@
 """Blocks of training rows that cohere with an input and with each other."""
 
+from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
 
@@ -37,64 +38,24 @@ class Block:
     seeds: NDArray[np.int64]
 
 
-class Rows:
-    """Some rows of a training set, whose cosines with each other are computed when needed."""
+class Cohering(ABC):
+    """Rows that are known by their cosines with each other alone."""
 
-    def __init__(self, directions: Directions, places: NDArray[np.int64]) -> None:
-        """Take the rows at some places."""
-        self.places, self.directions = places, directions.take(places)
-        self.all: Reals | None = None
-        self.parts: dict[bytes, Mask | None] = {}
-
+    @abstractmethod
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.places)
 
-    def where(self, mask: Mask) -> "Rows":
-        """Select some of the rows, bool ``[n]``; what is known of them stays known."""
-        kept = np.flatnonzero(mask)
-        part, known = copy(self), self.all
-        part.places, part.directions = self.places[kept], self.directions.take(kept)
-        part.all = None if known is None else known[np.ix_(kept, kept)]
-        return part
-
-    def seen(self, directions: Directions) -> "Rows":
-        """See the same rows along other directions of theirs."""
-        other = copy(self)
-        other.directions, other.all, other.parts = directions, None, {}
-        return other
-
+    @abstractmethod
     def between(self, rows: NDArray[np.int64]) -> Reals:
         """Cosines of some rows with all, NaN with themselves: ``[m, n]``.
 
         Args:
             rows: Their numbers among these rows, ``[m]``.
         """
-        if len(self) ** 2 > MEMORY:
-            return self._between(rows)
-        if self.all is None:
-            self.all = self._between(np.arange(len(self)))
-        return self.all[rows]
 
+    @abstractmethod
     def separate(self, mask: Mask) -> Mask | None:
-        """Tell some of the rows, bool ``[n]``, by their causes: see :func:`separate`.
-
-        Answers are kept, because the controls of a large block come to the same rows.
-        """
-        key = self.places[mask].tobytes()
-        if key not in self.parts:
-            part = self.where(mask)
-            self.parts[key] = separate(part.between(np.arange(len(part))))
-        return self.parts[key]
-
-    def _between(self, rows: NDArray[np.int64]) -> Reals:
-        values = np.empty((len(rows), len(self)), dtype=np.float32)
-        size = max(1, CHUNK // len(self))
-        for first in range(0, len(rows), size):
-            part = slice(first, first + size)
-            values[part] = self.directions.rows(rows[part])
-        values[np.arange(len(rows)), rows] = np.nan
-        return values
+        """Tell some of the rows, bool ``[n]``, by their causes: see :func:`separate`."""
 
     def mean(self) -> Reals:
         """Mean cosine of every row with all but itself, ``[n]``."""
@@ -123,6 +84,62 @@ class Rows:
         """Score rows by their cosines with the flagged ones, bool ``[n]``, instead of the seeds."""
         places = np.flatnonzero(flagged)
         return Block(block.start, medians(self.between(places)), places)
+
+
+class Rows(Cohering):
+    """Some rows of a training set, whose cosines with each other are computed when needed."""
+
+    def __init__(self, directions: Directions, places: NDArray[np.int64]) -> None:
+        """Take the rows at some places."""
+        self.places, self.directions = places, directions.take(places)
+        self.all: Reals | None = None
+        self.parts: dict[bytes, Mask | None] = {}
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.places)
+
+    def where(self, mask: Mask) -> "Rows":
+        """Select some of the rows, bool ``[n]``; what is known of them stays known."""
+        kept = np.flatnonzero(mask)
+        part, known = copy(self), self.all
+        part.places, part.directions = self.places[kept], self.directions.take(kept)
+        part.all = None if known is None else known[np.ix_(kept, kept)]
+        return part
+
+    def seen(self, directions: Directions) -> "Rows":
+        """See the same rows along other directions of theirs."""
+        other = copy(self)
+        other.directions, other.all, other.parts = directions, None, {}
+        return other
+
+    def between(self, rows: NDArray[np.int64]) -> Reals:
+        """See `Cohering.between`."""
+        if len(self) ** 2 > MEMORY:
+            return self._between(rows)
+        if self.all is None:
+            self.all = self._between(np.arange(len(self)))
+        return self.all[rows]
+
+    def separate(self, mask: Mask) -> Mask | None:
+        """See `Cohering.separate`.
+
+        Answers are kept, because the controls of a large block come to the same rows.
+        """
+        key = self.places[mask].tobytes()
+        if key not in self.parts:
+            part = self.where(mask)
+            self.parts[key] = separate(part.between(np.arange(len(part))))
+        return self.parts[key]
+
+    def _between(self, rows: NDArray[np.int64]) -> Reals:
+        values = np.empty((len(rows), len(self)), dtype=np.float32)
+        size = max(1, CHUNK // len(self))
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            values[part] = self.directions.rows(rows[part])
+        values[np.arange(len(rows)), rows] = np.nan
+        return values
 
 
 def leading(scores: Reals, count: int) -> NDArray[np.int64]:

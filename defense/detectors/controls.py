@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import betabinom, false_discovery_control
 
-from defense.detectors.coherence import SMALLEST, Block, Reals, Rows, medians
+from defense.detectors.coherence import SMALLEST, Block, Cohering, Reals, medians
 from defense.records import Mask, mask_of
 
 CONSISTENT = 1.4826  # makes the median absolute deviation a standard deviation
@@ -115,7 +115,9 @@ class Controls:
     They are to the seeds of a block what clean rows are that are no seeds: neither was chosen for
     cohering with them. So the p-value of a row is the chance that a clean input coheres as much.
     Seeds were chosen for it, so that up to 16 clean ones may have small p-values; whether a block
-    is more than that is for the verdict to say, whose controls choose seeds in the same way.
+    is more than that is for the verdict to say, whose controls choose seeds in the same way. In a
+    metric of controls seeds of a chance block are chosen where these differ little, so that its
+    p-values are too small by a factor of two or so; those of a planted block hardly are.
     """
 
     def __init__(self, starts: Reals, rate: float) -> None:
@@ -185,7 +187,7 @@ class Controls:
 
     def judge(
         self,
-        rows: Rows,
+        rows: Cohering,
         block: Block,
         rounds: int,
         without: int | None = None,
@@ -223,7 +225,7 @@ class Controls:
         return Finding(flagged, block, expected, threshold, strength, null)
 
 
-def _other_cause(rows: Rows, block: Block, flagged: Mask) -> Mask | None:
+def _other_cause(rows: Cohering, block: Block, flagged: Mask) -> Mask | None:
     """Find flagged rows of another cause than the block's input has; None if all have one."""
     places = np.flatnonzero(flagged)
     group = rows.separate(flagged)

@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy.stats import binom
 from torch import Tensor
 
-from defense.detectors.coherence import Block, Reals, Rows
+from defense.detectors.coherence import Block, Cohering, Reals, Rows
 from defense.detectors.controls import Controls, Finding
 from defense.detectors.whitening import RowsWithout, Whitened
 from defense.errors import DataError
@@ -81,9 +81,9 @@ class Bench:
         """Let a block grow from the cosines of an input with the rows, ``[n]``."""
         return self.rows.grow(start, self.settings.seeds, self.settings.rounds)
 
-    def judge(self, start: Reals, without: int | None = None) -> Finding:
+    def judge(self, start: Reals) -> Finding:
         """Grow a block and flag what stands out; see `Controls.judge`."""
-        return self.null.judge(self.rows, self.grow(start), self.settings.rounds, without)
+        return self.null.judge(self.rows, self.grow(start), self.settings.rounds)
 
     def where(self, mask: Mask) -> "Bench":
         """Select some of the rows, bool ``[n]``."""
@@ -92,15 +92,16 @@ class Bench:
     @cached_property
     def strengths(self) -> NDArray[np.float64]:
         """Strengths of clean inputs themselves, each put through the same procedure."""
-        starts = enumerate(self.null.starts[:REPLAYED])
-        return np.array([self._without(n).judge(start, n).strength for n, start in starts])
+        return np.array([self._replayed(number) for number in range(len(self.null))[:REPLAYED]])
 
-    def _without(self, number: int) -> "Bench":
-        """See the rows as if a clean input had taken no part in the metric."""
-        seen = self.rows.directions
-        if not isinstance(seen, Whitened):
-            return self
-        return replace(self, rows=RowsWithout(self.rows, seen, number))
+    def _replayed(self, number: int) -> float:
+        """Put a clean input through the procedure as if it were none; returns the strength."""
+        start, metric = self.null.starts[number], self.rows.directions
+        rows: Cohering = self.rows
+        if isinstance(metric, Whitened):
+            rows = RowsWithout(self.rows, metric, number)
+        block = rows.grow(start, self.settings.seeds, self.settings.rounds)
+        return self.null.judge(rows, block, self.settings.rounds, number).strength
 
     def relative(self, strength: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Express strengths in median deviations of clean inputs, to compare classes by.

@@ -9,14 +9,14 @@ of the identity (Ledoit & Wolf 2004, no parameter), because inputs are fewer tha
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from torch import Tensor
 
-from defense.detectors.coherence import Reals, Rows
+from defense.detectors.coherence import Cohering, Reals, Rows
 from defense.evidence import Directions
 from defense.records import Mask
 
@@ -24,6 +24,7 @@ LEAST = 1e-6  # share of the identity in a covariance, at least, and of the cova
 SHORTEST = 0.1  # length in the metric that vectors are taken to have; rounding decides below it
 COLUMNS = 2**12  # rows that are compared with clean inputs together
 Doubles = NDArray[np.float64]
+T = TypeVar("T", np.float64, Doubles)
 
 
 def ridge(inner: Doubles, size: int) -> float:
@@ -71,7 +72,7 @@ class Whitened:
 
         Args:
             directions: Of the rows; of length one.
-            clean: Of two or more clean inputs, ``[q, k]``.
+            clean: Of three or more clean inputs, ``[q, k]``.
         """
         inner = centred((clean @ clean.T).astype(np.float64))
         added = ridge(inner, clean.shape[1])
@@ -119,43 +120,49 @@ class Whitened:
         """
         count = len(self.clean)
         inverse = cho_solve((self.factor, True), np.eye(count))
-        own = 1 - self.added * np.diag(inverse)[:, None]  # inner product of each with itself
-        gain, less = self._absence(own)
+        own = 1 - self.added * np.diag(inverse)[:, None]
+        gain = self._gain(own)
         length = np.sqrt(gain * own * count / (count - 1)).clip(SHORTEST)
         result = np.empty((count, len(self.shared)), dtype=np.float32)
         for first in range(0, len(self.shared), COLUMNS):
             part = slice(first, first + COLUMNS)
             rows = solve_triangular(self.factor, self.along[:, part], lower=True, trans=1)
-            lengths = np.sqrt(self.lengths[part] ** 2 + gain * (rows + 1 / count) ** 2 - less)
+            squares = self.lengths[part] ** 2 + gain * (rows + 1 / count) ** 2 - self._loss
             inner = gain * (rows + own / (count - 1))
-            result[:, part] = (inner / (length * lengths)).clip(-1, 1)
+            result[:, part] = (inner / (length * np.sqrt(squares))).clip(-1, 1)
         return result
 
     def without(self, number: int) -> tuple[Reals, float]:
-        """Tell how inner products of rows change if one clean input had no part in the metric.
+        """Tell how inner products change if one clean input had no part in mean and scatter.
 
         Returns:
-            What the product of is added, for every row, ``[n]``, and what is taken off.
+            A number for every row, ``[n]``, whose product for two rows is added to their inner
+            product, and what is then subtracted.
         """
         unit = np.zeros(len(self.clean))
         unit[number] = 1
         axis = solve_triangular(self.factor, unit, lower=True)
-        gain, less = self._absence(1 - self.added * (axis @ axis))
+        gain = self._gain(1 - self.added * (axis @ axis))
         towards: Reals = axis.astype(np.float32) @ self.along
-        return np.float32(np.sqrt(gain)) * (towards + np.float32(1 / len(self.clean))), less
+        return np.float32(np.sqrt(gain)) * (towards + np.float32(1 / len(self.clean))), self._loss
 
-    def _absence(self, own: Any) -> tuple[Any, float]:
-        """Take one clean input out of mean and scatter (Sherman & Morrison 1950).
+    def _gain(self, own: T) -> T:
+        """Tell what one of `q` clean inputs takes from inner products (Sherman & Morrison 1950).
 
-        With ``u`` and ``v``, the inner products of two vectors with the input over the ridge, that
-        of the vectors changes by ``gain * (u + 1 / q) * (v + 1 / q) - less``.
+        With ``u`` and ``v``, the inner products of two vectors with the input divided by the
+        ridge, without it that of the two is larger by ``gain * (u + 1 / q) * (v + 1 / q)`` and
+        smaller by `_loss`. All are taken from the mean of all before, of the rest after.
 
         Args:
-            own: Inner product of the input with itself over the ridge; or of several.
+            own: Inner product of the input with itself, divided by the ridge; or of several.
         """
         count = len(self.clean)
-        gain = self.added * count / (count - 1 - count * own)
-        return gain, self.added / (count * (count - 1))
+        return self.added * count / (count - 1 - count * own)
+
+    @property
+    def _loss(self) -> float:
+        """See `_gain`."""
+        return self.added / (len(self.clean) * (len(self.clean) - 1))
 
     @cached_property
     def _square(self) -> np.float32:
@@ -176,41 +183,40 @@ class Whitened:
         return result
 
 
-class RowsWithout(Rows):
-    """Rows in the metric of all clean inputs but one, from what is known of them in that of all.
+class RowsWithout(Cohering):
+    """Rows in the metric of all clean inputs but one.
 
-    A clean input that stands for an innocent one finds rows as that does only so: what it has in
-    common with rows counts for less in a metric that it took part in.
+    An innocent input takes no part in the metric. A clean input that stands for one must not
+    either: what rows have in common with it would count for less, and it would find fewer.
     """
 
-    def __init__(self, rows: Rows, seen: Whitened, number: int) -> None:
+    def __init__(self, rows: Rows, metric: Whitened, number: int) -> None:
         """Leave out a clean input.
 
         Args:
             rows: The rows, in the metric of all.
-            seen: Their directions.
+            metric: That metric, their directions.
             number: Of the clean input.
         """
-        self.places, self.known, self.seen_by, self.number = rows.places, rows, seen, number
-        self.more, self.less = seen.without(number)
-        self.lengths = np.sqrt((seen.lengths**2 + self.more**2 - self.less).clip(SHORTEST**2))
+        self.rows, self.before = rows, metric.lengths
+        self.gained, self.lost = metric.without(number)
+        squares = self.before**2 + self.gained**2 - self.lost
+        self.lengths = np.sqrt(squares.clip(SHORTEST**2))
 
-    def where(self, mask: Mask) -> "RowsWithout":
-        """See `Rows.where`."""
-        seen = self.seen_by.take(np.flatnonzero(mask))
-        return RowsWithout(self.known.where(mask), seen, self.number)
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
 
     def between(self, rows: NDArray[np.int64]) -> Reals:
-        """See `Rows.between`."""
-        lengths = self.seen_by.lengths
-        inner = self.known.between(rows) * (lengths[rows, None] * lengths)
-        inner += self.more[rows, None] * self.more - self.less
+        """See `Cohering.between`."""
+        inner = self.rows.between(rows) * (self.before[rows, None] * self.before)
+        inner += self.gained[rows, None] * self.gained - self.lost
         inner /= self.lengths[rows, None] * self.lengths
         return inner.clip(-1, 1)
 
     def separate(self, mask: Mask) -> Mask | None:
-        """See `Rows.separate`; groups are told in the metric of all."""
-        return self.known.separate(mask)
+        """See `Cohering.separate`; causes are told in the metric of all."""
+        return self.rows.separate(mask)
 
 
 def centred(inner: Doubles) -> Doubles:

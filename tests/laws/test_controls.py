@@ -208,6 +208,7 @@ def test_a_control_that_is_replayed_is_not_compared_with_itself() -> None:
     null = Controls((clean @ vectors.T).astype(np.float32), 0.05)
     bench = Bench(NormalisedInfluence(), rows, null)
     assert bench.strengths[0] > 2 * max(bench.strengths[1:])
-    alone, among = (bench.judge(null.starts[0], without) for without in (0, None))
+    block = bench.grow(null.starts[0])
+    alone, among = (null.judge(bench.rows, block, 5, without) for without in (0, None))
     assert (len(alone.null), len(among.null)) == (29, 30)
     assert alone.null.max() < among.null.max()

@@ -108,10 +108,3 @@ def test_rows_are_seen_as_if_the_metric_were_made_without_a_clean_input(count: i
     expected[np.arange(3), some] = np.nan
     np.testing.assert_allclose(found.between(some), expected, atol=1e-4)
     assert np.abs(found.between(some) - rows.seen(seen).between(some))[:, 0].max() > 1e-3
-    part = found.where(np.isin(np.arange(30), some))
-    order = np.sort(some)
-    np.testing.assert_allclose(
-        part.between(np.array([2]))[0, :2],
-        cosines(vectors[order[2:]], vectors[order[:2]], *exact)[0],
-        atol=1e-4,
-    )
