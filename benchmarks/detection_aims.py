@@ -1,5 +1,6 @@
 """What the detector is meant to reach, and whether the models measured last reach it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,7 +52,8 @@ def answer(reached: bool, models: int) -> str:
 def aims(models: Models) -> list[list[str]]:
     """Compare what was measured with every aim; a row for each.
 
-    Each is of the latest version of the detector that was asked, marked if that is not the last.
+    Each is of the latest version of the detector that was asked on enough models, or else on most,
+    marked if that is not the last.
     """
     rows = [
         *(_from_one(models, attack, *least) for attack, least in FROM_ONE.items()),
@@ -71,10 +73,15 @@ def aims(models: Models) -> list[list[str]]:
 def _latest(
     models: Models, attacks: Iterable[str], measured: Callable[[dict[str, Any]], Any]
 ) -> tuple[Found, str]:
-    """Pick the models of some attacks that have a figure, of one version; mark an earlier one."""
+    """Pick the models of some attacks that have a figure, of one version; mark an earlier one.
+
+    It is the last version with enough models, or else the one with most: a single model after a
+    change says less than eight before it.
+    """
     chosen = [one for one in models.values() if one["attack"] in attacks and measured(one)]
-    last = max(map(version, chosen), default=0)
-    return [one for one in chosen if version(one) == last], mark_of(last, models)
+    counts = Counter(map(version, chosen))
+    known = max(counts, key=lambda one: (min(counts[one], FEWEST), one), default=0)
+    return [one for one in chosen if version(one) == known], mark_of(known, models)
 
 
 def _from_one(models: Models, attack: str, recall: float, precision: float) -> list[str]:

@@ -79,6 +79,16 @@ def test_a_later_version_replaces_an_earlier_one_which_is_marked() -> None:
     assert one(aim, [*earlier, model(4)]) == ("10.0 ± 0.0 (3), 98.0 ± 0.0 (3) †", "**no**")
 
 
+def test_a_later_version_with_too_few_models_does_not_replace_an_earlier_one() -> None:
+    earlier = [poisoned(seed, 0.1, version=1) for seed in range(4)]
+    aim, marked = "BadNet 1 %, one affected input", "98.0 ± 0.0"
+    for few in (1, 2):
+        found = one(aim, [*earlier, *(poisoned(seed) for seed in range(few))])
+        assert found == (f"10.0 ± 0.0 (4), {marked} (4) †", "**no**")
+    latest = one(aim, [earlier[0], poisoned(0)])
+    assert latest == ("99.0 (1), 98.0 (1)", "yes, on fewer than 3 models")
+
+
 def test_what_was_not_measured_is_said() -> None:
     rows = told(model(2))
     assert rows["two attacks: their inputs make two incidents"] == tuple(NOT)
