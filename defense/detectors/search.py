@@ -37,7 +37,7 @@ class Coherence(Method):
             that it is suspected.
         num_controls: Clean inputs of a class at most, for the tail of chance. Up to 200 go through
             the whole procedure; if they are too few for a p-value as small as `alarm`, other
-            classes lend theirs.
+            classes lend theirs, up to as many.
         seeds: Rows that become queries.
         rounds: Times they do, at most.
         subpopulation: Share of a class from which on its rows are flagged if they have something
@@ -273,12 +273,12 @@ class Search:
         Raises:
             DataError: They are too few for an alarm.
         """
-        found, fewest = (
-            [*bench.relative(bench.strengths)],
-            math.ceil(1 / self.settings.alarm - 1e-9) - 1,
-        )
+        fewest = math.ceil(1 / self.settings.alarm - 1e-9) - 1
+        found = [*bench.relative(bench.strengths)]
+        # One that is as strong by chance is not to decide alone: so many that two may be.
+        wanted = fewest if len(found) >= fewest else max(fewest, REPLAYED)
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
-            if len(found) >= fewest:
+            if len(found) >= wanted:
                 break
             enough = (self.train.labels == other).sum() > 1
             lent = self.clean.of(other, self.settings.num_controls)
