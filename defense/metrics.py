@@ -51,9 +51,10 @@ def detection_quality(flags: Flags, truth: Truth) -> list[DetectionQuality]:
     return [_quality(name, mask, flags, truth) for name, mask in rows.items()]
 
 
-def ranking(flags: Flags, rows: Mask) -> NDArray[np.float32]:
-    """Suspicion with every row outside `rows` ranked last: float32 ``[n]``."""
-    return np.where(rows, flags.suspicion, flags.suspicion.min() - 1)
+def ranking(flags: Flags, rows: Mask) -> NDArray[np.int64]:
+    """Ranks of the suspicion, with every row outside `rows` ranked last: ``[n]``."""
+    ranks = 1 + np.unique(flags.suspicion, return_inverse=True)[1]
+    return np.where(rows, ranks, 0)
 
 
 def _quality(name: str, rows: Mask, flags: Flags, truth: Truth) -> DetectionQuality:

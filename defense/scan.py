@@ -30,7 +30,7 @@ from defense.records import ImageSet, mask_of
 logger = logging.getLogger(__name__)
 
 CHUNK = 256  # rows whose cosines with their class are looked at together
-TRIES = 10  # places looked at per attempt, as long as they lead to a known block
+TRIES = 100  # places looked at per attempt, as long as they lead to a known block
 LISTED = 20  # inputs per block that are told, more only if it dictates more
 MOSTLY = 0.5  # share of rows from which on they are taken for the same
 
@@ -40,7 +40,8 @@ class ScanSettings(Independence):
 
     Attributes:
         num_controls: See `Coherence`; fewer, because there is one such class after the other.
-        attempts: Places per class where a block is sought.
+        attempts: Places per class at which nothing new is found until no more are looked at. Those
+            that lead to a block do not count: somebody might plant harmless ones before another.
         candidates: Rows of a class, at random, that may be such a place.
         smallest: Rows of a block at least; fewer are not judged.
     """
@@ -191,28 +192,38 @@ class Scanner:
         yield from starts[np.argsort(-depth, kind="stable")]
 
     def _blocks(self, label: int, *kinds: Iterator[Reals]) -> Iterator[Suspicion]:
-        """Grow blocks from some places of every kind, as long as they are new."""
+        """Grow blocks from some places of every kind, until too many led to nothing new."""
         bench, known, told = self.search.bench(label), set[int](), set[int]()
-        for block in itertools.chain(*(self._grown(bench, starts, known) for starts in kinds)):
-            finding = bench.null.judge(bench.rows, block, self.settings.rounds)
-            members = np.flatnonzero(finding.flagged)
-            known |= {*block.seeds.tolist(), *members.tolist()}
-            again = len(told & {*members.tolist()}) > MOSTLY * len(members)
-            if len(members) >= self.settings.smallest and not again:
-                told |= {*members.tolist()}
-                yield Suspicion(label, bench.rows.places[members], finding)
+        for starts in kinds:
+            left = self.settings.attempts
+            for block in self._grown(bench, starts, known):
+                finding = bench.null.judge(bench.rows, block, self.settings.rounds)
+                members = np.flatnonzero(finding.flagged)
+                known |= {*block.seeds.tolist(), *members.tolist()}
+                again = len(told & {*members.tolist()}) > MOSTLY * len(members)
+                if len(members) >= self.settings.smallest and not again:
+                    told |= {*members.tolist()}
+                    yield Suspicion(label, bench.rows.places[members], finding)
+                else:
+                    left -= 1
+                if not left:
+                    break
 
     def _grown(self, bench: Bench, starts: Iterator[Reals], known: set[int]) -> Iterator[Block]:
-        """Yield what grows at places away from known rows; known seeds are no attempt."""
+        """Yield what grows at places away from known rows, until too many lead back to them."""
         # An attack is as dense at all of its rows, so that it would hide another one.
-        size = min(self.settings.seeds, len(bench.rows))
+        size, left = min(self.settings.seeds, len(bench.rows)), TRIES * self.settings.attempts
 
         def is_new(rows: NDArray[np.int64]) -> bool:
             return len(known & {*rows.tolist()}) <= len(rows) / 2
 
-        elsewhere = (start for start in starts if is_new(leading(start, size)))
-        grown = map(bench.grow, itertools.islice(elsewhere, TRIES * self.settings.attempts))
-        return itertools.islice((b for b in grown if is_new(b.seeds)), self.settings.attempts)
+        for start in starts:
+            if not is_new(leading(start, size)):
+                continue
+            if is_new((block := bench.grow(start)).seeds):
+                yield block
+            elif (left := left - 1) == 0:
+                return
 
     def _joined(self, label: int, seen: Subpopulation, blocks: list[Suspicion]) -> list[Suspicion]:
         lacking = mask_of(seen.rows, len(self.train))

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from defense.detectors.candidates import RowDetector, narrowed
+from defense.detectors.candidates import RowDetector, narrowed, require_finite
 from defense.errors import DataError
 from defense.records import Case, Flags, Mask
 
@@ -45,6 +45,7 @@ class ScoreDetector(RowDetector):
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`."""
         case = narrowed(case, self.affected)
+        require_finite(case.scores, "influence")
         affected = case.queries.affected.numpy()
         numbers = np.unique(affected)
         if len(numbers) <= self.affected_tolerance:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from defense.contracts import Detector
-from defense.errors import DataError
+from defense.errors import DataError, NumericalError
 from defense.records import Case, Flags, Mask, Queries
 
 
@@ -24,7 +24,12 @@ class RowDetector(Detector):
     rows: Literal["all", "predicted_label"] = "all"
 
     def flags(self, case: Case, suspicion: NDArray[np.floating], threshold: float) -> Flags:
-        """Build the answer from a suspicion ``[n]`` and its threshold."""
+        """Build the answer from a suspicion ``[n]`` and its threshold.
+
+        Raises:
+            NumericalError: It is not finite everywhere: such a row would never be flagged.
+        """
+        require_finite(suspicion, "suspicion")
         carries = predicted_label_rows(case)
         candidates = carries if self.rows == "predicted_label" else np.ones_like(carries)
         return Flags(suspicion.astype(np.float32), float(threshold), candidates, carries)
@@ -34,6 +39,20 @@ def predicted_label_rows(case: Case) -> Mask:
     """Mark the rows that carry the predicted label of an affected input: bool ``[n]``."""
     original = case.queries.changed("none")
     return np.isin(case.train.labels, case.queries.labels.numpy()[original])
+
+
+def require_finite(values: NDArray[np.floating], what: str) -> None:
+    """Refuse values that no threshold can be compared with.
+
+    Raises:
+        NumericalError: Some are infinite or not a number.
+    """
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong:
+        raise NumericalError(
+            f"expected finite values of {what}, got {wrong:,} of {values.size:,} that are not; "
+            "look at the suspect model's weights and at the factors, and make both anew"
+        )
 
 
 def narrowed(case: Case, count: int | None) -> Case:

@@ -21,6 +21,8 @@ from defense.records import Case, Flags, ImageSet, Mask, mask_of
 from defense.training import all_but_last, train
 
 COORDINATES = 50_000  # of the last layer's gradient that are clustered, at most
+ENTRIES = 2**28  # of all rows, at most: fewer coordinates of more than 5,369 rows
+BATCH = 1024  # rows whose gradients are computed together
 CLIP = 0.05  # of the entries of the gradient
 FORGOTTEN = 0.01  # accuracy on the cluster below which it is not unlearned further
 
@@ -90,15 +92,19 @@ def incident(case: Case) -> ImageSet:
 def even_gradients(case: Case, generator: torch.Generator) -> NDArray[np.float32]:
     """Compute the last layer's gradient towards an even output, normalised: ``[n, d]``.
 
-    Of more than 50,000 coordinates as many are drawn.
+    Of more than 50,000 coordinates as many are drawn, as in the source, or so many that all rows
+    take no more than 1 GiB.
     """
     seen = features(case.model, case.train)
     error = logits(case.model, case.train).softmax(1) - 1 / case.train.num_classes
-    width = error.shape[1] * seen.shape[1]
-    drawn = torch.randperm(width, generator=generator)[:COORDINATES].sort().values
-    gradient = error[:, drawn // seen.shape[1]] * seen[:, drawn % seen.shape[1]]
-    rows: NDArray[np.float32] = F.normalize(gradient, dim=1).numpy()
-    return rows
+    width, count = seen.shape[1], min(COORDINATES, ENTRIES // len(seen))
+    drawn = torch.randperm(error.shape[1] * width, generator=generator)[:count].sort().values
+    gradient = torch.empty(len(seen), len(drawn))
+    for rows in torch.arange(len(seen)).split(BATCH):
+        product = error[rows][:, drawn // width] * seen[rows][:, drawn % width]
+        gradient[rows] = F.normalize(product, dim=1)
+    result: NDArray[np.float32] = gradient.numpy()
+    return result
 
 
 def _halves(

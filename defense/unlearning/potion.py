@@ -66,12 +66,13 @@ class Potion(Unlearner):
             off = math.log(1 + 100 * share)  # per cent of the weights, at most 50 after all tries
             alpha = float(ratios[int(len(ratios) * off / 100)])
             changed = dampened(model, ours, rest, alpha, 1.0)
-            if (predict(changed, forget) == forget.labels).mean() <= bound:
+            left = float((predict(changed, forget) == forget.labels).mean())
+            if left <= bound:
                 break
             share *= GROWTH
         else:
             logger.warning("potion: the flagged labels are not forgotten after %d tries", MAX_TRIES)
-        chosen = {"alpha": alpha, "weights": off / 100}
+        chosen = {"alpha": alpha, "weights": off / 100, "forget_accuracy": left}
         return Trained(changed, len(forget) + len(retain), chosen)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense.contracts import Repair, Trainer, Unlearner
+from defense.errors import NumericalError
 from defense.prediction import logits, predict
 from defense.recipe import Recipe
 from defense.records import ImageSet, Trained, mask_of
@@ -21,6 +22,7 @@ from defense.unlearning.dampening import (
 from defense.unlearning.parts import join, part, shuffled
 
 HELD_OUT = 0.1  # share of the retain set that chooses the setting
+USELESS = (False, -float("inf"))  # how a setting is ranked that leaves weights that are not finite
 
 
 class SelectiveSynapticDampening(Unlearner):
@@ -71,6 +73,11 @@ class SelectiveSynapticDampening(Unlearner):
         asked = known.where(np.arange(len(known)) < (self.affected or len(known)))
         scores = [self._judge(candidate, asked, held) for *_, candidate in candidates]
         best = max(range(len(scores)), key=scores.__getitem__)
+        if scores[best] == USELESS:
+            raise NumericalError(
+                "ssd expected a setting that leaves finite weights, found none; look for weights "
+                "of the suspect model that are not finite, or train it again"
+            )
         alpha, strength, changed = candidates[best]
         chosen = {"alpha": alpha, "strength": strength}
         return Trained(changed, len(forget) + len(every_row), chosen)
@@ -86,7 +93,7 @@ class SelectiveSynapticDampening(Unlearner):
     def _judge(self, model: nn.Module, affected: ImageSet, held: ImageSet) -> tuple[bool, float]:
         """Rank a setting: first whether it mends the affected inputs, then what it keeps."""
         if not all(bool(value.isfinite().all()) for value in model.parameters()):
-            return False, -float("inf")
+            return USELESS
         margin = margins(model, affected)
         if bool((margin < 0).all()):
             return True, float((predict(model, held) == held.labels).mean())

@@ -12,6 +12,7 @@ from defense.detectors.activation_clustering import ActivationClustering
 from defense.detectors.delta_influence import DeltaInfluence
 from defense.detectors.influence_threshold import InfluenceThreshold
 from defense.detectors.normalised_influence import NormalisedInfluence
+from defense.errors import NumericalError
 from defense.method import members
 from defense.records import Case
 from tests.laws.cases import ROWS, detect, make_case, planted_rows
@@ -30,6 +31,22 @@ def detector(request) -> Detector:
 def test_cannot_see_the_truth() -> None:
     known = {"train", "model", "queries", "scores", "directions", "controls"}
     assert {field.name for field in fields(Case)} == known
+
+
+@pytest.mark.parametrize(
+    "by_scores", [DeltaInfluence(), InfluenceThreshold(), InfluenceThreshold(share=0.2)]
+)
+def test_refuses_influence_that_is_not_a_number(by_scores: Detector) -> None:
+    """A row of which nothing is known must not pass for one that is not suspicious."""
+    case = make_case()
+    case.scores[:, 3] = np.nan
+    with pytest.raises(NumericalError, match="finite values of influence, got"):
+        detect(by_scores, case)
+
+
+def test_refuses_suspicion_that_is_not_a_number() -> None:
+    with pytest.raises(NumericalError, match=f"got 1 of {ROWS} that are not"):
+        DeltaInfluence().flags(make_case(), np.where(np.arange(ROWS) == 3, np.inf, 0.0), 0.5)
 
 
 @pytest.mark.parametrize("affected", [1, 5])

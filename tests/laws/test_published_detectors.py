@@ -10,6 +10,7 @@ from torch import nn
 
 from defense.attacks.badnets import BadNets
 from defense.contracts import Surrogate
+from defense.detectors import poison_forensics
 from defense.detectors.activation_clustering import ActivationClustering
 from defense.detectors.corruptions import CORRUPTIONS
 from defense.detectors.delta_influence import DeltaInfluence
@@ -222,6 +223,19 @@ def test_even_gradients_are_those_of_the_last_layer() -> None:
     drawn = torch.arange(768)
     expected = nn.functional.normalize(gradient.flatten()[drawn], dim=0)
     np.testing.assert_allclose(rows[0], expected, atol=1e-5)
+
+
+def test_even_gradients_of_many_rows_keep_fewer_coordinates(monkeypatch) -> None:
+    """Of so many that all rows would take more than is allowed, some are drawn."""
+    case, everything = make_case(), torch.Generator().manual_seed(0)
+    whole = even_gradients(case, everything)
+    monkeypatch.setattr(poison_forensics, "BATCH", 7)
+    np.testing.assert_array_equal(even_gradients(case, everything.manual_seed(0)), whole)
+    monkeypatch.setattr(poison_forensics, "ENTRIES", 9 * ROWS + 1)
+    rows = even_gradients(case, everything.manual_seed(0))
+    drawn = torch.randperm(whole.shape[1], generator=everything.manual_seed(0))[:9].sort().values
+    expected = nn.functional.normalize(torch.from_numpy(whole)[:, drawn], dim=1)
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
 
 
 def stub_verdicts(monkeypatch: pytest.MonkeyPatch, verdicts: list[bool]) -> list[np.ndarray]:

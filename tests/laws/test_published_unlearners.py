@@ -105,6 +105,14 @@ def test_ssd_chooses_what_mends_the_affected_inputs(trained, repair: Repair) -> 
     assert done.chosen == {"alpha": 1.1, "strength": 0.01}
 
 
+def test_ssd_refuses_weights_that_are_not_finite(trained, repair: Repair) -> None:
+    """No setting mends them, and the first of the grid is no answer."""
+    broken = copy.deepcopy(repair.model)
+    next(broken.parameters()).data[0] = torch.inf
+    with pytest.raises(NumericalError, match="a setting that leaves finite weights"):
+        SelectiveSynapticDampening().unlearn(replace(repair, model=broken), trained[0])
+
+
 def test_ssd_keeps_the_setting_that_keeps_most_right(trained, repair: Repair) -> None:
     """Of two that mend the affected inputs the one counts that knows the held-out rows."""
     method, spared = SelectiveSynapticDampening(), repair.retain
@@ -262,5 +270,6 @@ def test_potion_is_the_published_rule(trained, repair: Repair) -> None:
     off = [np.log(1 + 100 * share * 1.1**number) / 100 for number in range(len(seen))]
     wanted = [float(ratios[int(len(ratios) * part)]) for part in off]
     assert [alpha for *_, alpha, _ in seen] == wanted
-    assert done.chosen == {"alpha": wanted[-1], "weights": pytest.approx(off[-1])}
+    forgotten = {"alpha": wanted[-1], "weights": pytest.approx(off[-1]), "forget_accuracy": 0.0}
+    assert done.chosen == forgotten
     assert len(seen) > 1

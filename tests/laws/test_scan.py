@@ -68,9 +68,20 @@ def test_an_attack_is_not_hidden_by_a_denser_one() -> None:
     vectors = vectors_with(dense, other, strength=9.0)
     vectors[dense] = vectors_with(dense, strength=30.0)[dense]
     scan = scanner_of(vectors, planted=np.concatenate([dense, other]), attempts=1).rows(seed=0)
-    assert [block.rows[dense].mean() > 0.9 for block in scan.blocks] == [True]
-    scan = scanner_of(vectors, planted=np.concatenate([dense, other])).rows(seed=0)
+    assert [block.rows[dense].mean() > 0.9 for block in scan.suspected] == [True, False]
     assert [block.rows[other].mean() > 0.9 for block in scan.suspected] == [False, True]
+
+
+def test_an_attack_is_not_hidden_by_harmless_blocks() -> None:
+    """Somebody plants more near-duplicates with right labels than there are attempts."""
+    own = np.flatnonzero(LABELS == 1)
+    decoys = [own[60 + 17 * number : 77 + 17 * number] for number in range(5)]
+    vectors = vectors_with(BLOCK, *decoys, strength=9.0)
+    for decoy in decoys:
+        vectors[decoy] = vectors_with(BLOCK, *decoys, strength=20.0)[decoy]
+    scan = scanner_of(vectors, attempts=1, subpopulation=None).rows(seed=0)
+    assert len(scan.blocks) == 6
+    assert [block.rows[BLOCK].mean() > 0.9 for block in scan.suspected] == [True]
 
 
 def test_a_class_whose_inputs_are_all_alike_has_no_block() -> None:

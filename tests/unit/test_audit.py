@@ -8,7 +8,7 @@ import pytest
 
 from defense.audit import AuditSettings, flags_csv, incidents, is_success
 from defense.evidence import Incident
-from defense.metrics import detection_quality, model_quality
+from defense.metrics import detection_quality, model_quality, ranking
 from defense.records import Flags, Split, Truth
 from defense.report import ModelQuality, Rate
 
@@ -30,6 +30,15 @@ def test_success_needs_a_measured_psr_below_the_bound(psr, correct, success) -> 
     rate = Rate.of(0, 0) if psr is None else Rate.of(psr, 100)
     after = quality(rate, Rate.of(correct, 100))
     assert is_success(before, after, AuditSettings(accuracy_drop_bound=0.021)) is success
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_rows_outside_are_ranked_last_whatever_the_unit(scale: float) -> None:
+    suspicion = np.array([3, -2, -2, 5], dtype=np.float32) * np.float32(scale)
+    everything = np.ones(4, dtype=bool)
+    flags = Flags(suspicion, 0.0, everything, everything)
+    assert ranking(flags, everything).tolist() == [2, 1, 1, 3]
+    assert ranking(flags, np.array([True, True, False, False])).tolist() == [2, 1, 0, 0]
 
 
 def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> None:
