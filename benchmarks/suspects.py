@@ -188,7 +188,7 @@ def make_suspect(name: str, seed: int, scratch: Path) -> Suspect:
     factors = timed(seconds, "factors", fit)
     kept = DirectionSettings().store()
     store = timed(seconds, "directions", lambda: build_store(model, factors, train, kept))
-    directions = StoredDirections(store, store.sketcher(model, factors))
+    directions = StoredDirections.of(store, model, factors)
     return Suspect(
         name, seed, world, split, tuple(poisoned), flipped, train, model, directions, seconds
     )

@@ -93,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def cell(text: str) -> str:
     """Quote what a spreadsheet would run as a formula; file and class names are untrusted."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def write_artifact(
@@ -117,7 +117,7 @@ def write_artifact(
         The digest of the new artefact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in path.parent.glob(f".{path.name}.*"):
+    for left_by_a_kill in path.parent.glob(f".{path.name}.*/"):  # folders; scan.json leaves a file
         shutil.rmtree(left_by_a_kill)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -12,7 +12,7 @@ from defense.errors import DefenseError, EvidenceError
 from defense.gate import Policy, to_markdown, verify
 from defense.lineage import read_lineage, verify_lineage
 
-BLOCKED, USAGE, EVIDENCE, CRASH = 1, 2, 3, 70
+BLOCKED, USAGE, EVIDENCE, CRASH, INTERRUPTED = 1, 2, 3, 70, 130
 
 HOME = click.option(
     "--home",
@@ -152,6 +152,8 @@ def main(arguments: list[str] | None = None) -> Any:
     except click.ClickException as error:
         error.show()
         code = USAGE
+    except click.Abort:
+        code = _fail("interrupted", INTERRUPTED)
     except EvidenceError as error:
         code = _fail(error, EVIDENCE)
     except DefenseError as error:

@@ -40,6 +40,7 @@ from defense.scan import Scanner, ScanSettings
 from defense.storage import blinded, load_factors, load_images, load_weights, save_images, save_scan
 
 UNFINISHED = "unfinished"  # folder of checkpoints
+RESULTS = ("affected", "scan")  # folders of what was found
 ROLES = ("poisoned_train", "test", "suspect", "factors", "directions")
 
 
@@ -97,7 +98,7 @@ def open_subject(
     for role in ("poisoned_train", "suspect", "factors"):
         require_input(of_directions, role, origin[role], owner=place("directions"))
     store = load_store(place("directions"))
-    directions = StoredDirections(store, store.sketcher(model, factors))
+    directions = StoredDirections.of(store, model, factors)
     clean = CleanInputs(test, seeded(seed, "scan"))
     independent = independent_of(architecture, recipe, seed, scratch)
     scanner = Scanner(settings, blinded(train), directions, clean, independent)
@@ -116,24 +117,25 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
         What was found, and a line for every block, and one for what was not looked at.
 
     Raises:
-        DefenseError: Sections of params.yaml are not valid, or an artefact is missing.
+        DefenseError: Sections of params.yaml are not valid, an artefact is missing, or what is in
+            the folder to write to would be lost.
     """
     sections = read_sections(home / "params.yaml")
-    scratch = out / UNFINISHED
+    scratch, artifacts = out / UNFINISHED, home / "artifacts"
+    refuse_to_replace(out, artifacts, *([] if inputs is None else [inputs]))
+    subject = open_subject(lambda role: artifacts / role, *sections, scratch)
+    images = None if inputs is None else read_inputs(inputs, subject.train)
     clear(out)
-    subject = open_subject(lambda role: home / "artifacts" / role, *sections, scratch)
-    if inputs is None:
+    if images is None:
         scan = subject.scanner.rows(subject.seed)
+        doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
+        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     else:
-        images = read_inputs(inputs, subject.train)
         predicted = predict(subject.model, images, label="inputs")
         scan = subject.scanner.inputs(images, predicted, subject.seed)
         hand_over(scan, images, predicted, subject, out)
     save_scan(out / "scan", scan, inputs=subject.origin)
     publish(scan, subject.train, out)
-    if inputs is None:
-        doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
-        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     shutil.rmtree(scratch, ignore_errors=True)
     lines = [block_title(block, subject.train) for block in scan.blocks]
     return scan, [*lines, *left_out(scan, subject.train)]
@@ -149,9 +151,29 @@ def left_out(scan: Scan, train: ImageSet) -> list[str]:
     ]
 
 
+def refuse_to_replace(out: Path, *kept: Path) -> None:
+    """Refuse a folder to write to in which something would be replaced that is no scan's.
+
+    Raises:
+        DefenseError: It has a folder of that name, or has to do with a folder that is read.
+    """
+    here = out.resolve()
+    for folder in (path.resolve() for path in kept):
+        if here.is_relative_to(folder) or folder.is_relative_to(here / "affected"):
+            raise DefenseError(
+                f"--out {out} would replace what {folder} holds: name another folder"
+            )
+    for name in RESULTS:
+        if (out / name).exists() and not (out / name / "manifest.json").is_file():
+            raise DefenseError(
+                f"expected what an earlier scan left in {out / name}, got something else: move "
+                "it, or name another folder with --out"
+            )
+
+
 def clear(out: Path) -> None:
     """Remove what an earlier scan left, so that nothing stands beside an answer it is not of."""
-    for name in ("affected", "scan"):
+    for name in RESULTS:
         shutil.rmtree(out / name, ignore_errors=True)
     files = (out / name for name in ("scan.json", "blocks.csv", "labels.csv"))
     for file in (*out.glob("block_*.png"), *files):

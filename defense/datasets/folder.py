@@ -126,12 +126,16 @@ def read_images(folder: Path, shape: tuple[int, int, int]) -> ImageSet:
             f"expected PNG, JPEG or WebP files in {folder} for square images, got {len(files)} "
             f"for {height} x {width}"
         )
+    names = [file.relative_to(folder) for file in files]
+    for name in names:
+        for part in (name, *name.parents):
+            _text(part)
     reader = Folder(path=str(folder), image_size=height, channels=1 if channels == 1 else 3)
     pixels = pixel_store((len(files), *shape))
     for batch in batches(len(files), 64, label=f"decode {folder.name}"):
         for row in batch:
             pixels[row] = reader._decode(files[row])
-    ids = np.array([file.relative_to(folder).as_posix() for file in files])
+    ids = np.array([name.as_posix() for name in names])
     return image_set(pixels, np.zeros(len(files), dtype=np.int64), ids, ("unknown",))
 
 

@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.compute import batches
-from defense.errors import ArtifactError, DataError
+from defense.errors import ArtifactError, DataError, NumericalError
+from defense.influence.factors import Factors
 from defense.influence.sketch import Sketcher
 from defense.influence.store import RowStore
 from defense.records import Queries
+
+SAMPLE = 64  # rows whose length is looked at
+SHORTEST = 0.9  # length on average, at least
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,39 @@ class StoredDirections:
     store: RowStore
     sketcher: Sketcher
 
-    def __post_init__(self) -> None:
-        """Refuse vectors that are not of length one.
+    @classmethod
+    def of(cls, store: RowStore, model: nn.Module, factors: Factors) -> "StoredDirections":
+        """Prepare a store for questions about its rows and about inputs of its model.
+
+        Args:
+            store: Of whole directions.
+            model: See `RowStore.sketcher`.
+            factors: See `RowStore.sketcher`.
 
         Raises:
-            ArtifactError: The store holds components of directions.
+            ArtifactError: The store is of another model, or its vectors are not of length one.
+            NumericalError: Some are not finite.
         """
-        if self.store.components is not None:
+        if store.components is not None:
             raise ArtifactError(
                 "expected whole directions, got a store of their leading components: build it "
                 "with components null"
             )
+        wrong = np.flatnonzero(~np.isfinite(store.self_influence))
+        if len(wrong):
+            raise NumericalError(
+                f"expected finite directions, got {len(wrong):,} of {len(store.rows):,} that are "
+                f"not, the first of row {wrong[0]}: look at that row, at the model's weights and "
+                "at the factors"
+            )
+        sample = store.rows[:: max(1, len(store.rows) // SAMPLE)].astype(np.float32)
+        length = float(np.sqrt((sample**2).sum(1)).mean())
+        if length < SHORTEST:
+            raise ArtifactError(
+                f"expected directions of length one, got {length:.2f} on average: most of them "
+                "lies in coordinates that are not kept; set directions.leading"
+            )
+        return cls(store, store.sketcher(model, factors))
 
     @property
     def self_influence(self) -> NDArray[np.float32]:

@@ -45,6 +45,6 @@ def with_directions(
     for role, digest in seen.items():
         require_input(manifest, role, digest, owner=paths.directions)
     store = load_store(paths.directions)
-    directions = StoredDirections(store, store.sketcher(case.model, factors))
+    directions = StoredDirections.of(store, case.model, factors)
     origin = origin | {"directions": manifest.digest, "test": test_manifest.digest}
     return replace(case, directions=directions, controls=blinded(test)), origin

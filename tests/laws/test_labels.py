@@ -46,7 +46,7 @@ def flipped() -> tuple[nn.Module, ImageSet, np.ndarray, np.ndarray, StoredDirect
         train,
         wrong,
         clean.labels,
-        StoredDirections(store, store.sketcher(model, factors)),
+        StoredDirections.of(store, model, factors),
     )
 
 

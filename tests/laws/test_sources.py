@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from defense.contracts import DataSource
 from defense.datasets import AnyDataSource
 from defense.datasets.digits import Digits
-from defense.datasets.folder import Folder
+from defense.datasets.folder import Folder, read_images
 from defense.datasets.hub import HubSource
 from defense.errors import DataError
 from defense.method import members
@@ -191,6 +191,18 @@ def test_folder_refuses(tmp_path: Path, kind: str, message: str) -> None:
     break_tree(root, kind)
     with pytest.raises(DataError, match=message):
         Folder(path=str(root), image_size=8).load(generator())
+
+
+def test_images_whose_names_cannot_be_written_down_are_refused(tmp_path: Path) -> None:
+    """Before a scan of them, not when its answer is written."""
+    tree = write_tree(tmp_path / "tree", formats=("png",)) / "train"
+    images = read_images(tree, (1, 8, 8))
+    assert images.ids.tolist() == sorted(f"{p.parent.name}/{p.name}" for p in tree.rglob("*.png"))
+    (tree / os.fsdecode(b"\xe9")).mkdir()
+    first = next(tree.rglob("*.png"))
+    (tree / os.fsdecode(b"\xe9") / "a.png").write_bytes(first.read_bytes())
+    with pytest.raises(DataError, match="not named in UTF-8"):
+        read_images(tree, (1, 8, 8))
 
 
 def test_folder_names_a_missing_path(monkeypatch: pytest.MonkeyPatch) -> None:

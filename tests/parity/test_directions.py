@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense.errors import ArtifactError
+from defense.errors import ArtifactError, NumericalError
 from defense.influence.directions import StoredDirections
 from defense.influence.layers import find_layers, flat_gradient
 from defense.influence.sketch import Sketcher
@@ -55,7 +55,7 @@ def explicit(model: nn.Module, factors: Factors, images: torch.Tensor, labels: t
 def test_cosines_are_those_of_explicit_gradients(problem) -> None:
     model, images, factors = problem
     store = build_store(model, factors, images, LEADING)
-    directions = StoredDirections(store, store.sketcher(model, factors))
+    directions = StoredDirections.of(store, model, factors)
     rows = explicit(model, factors, images.images(), images.targets())
     other = make_images(5, seed=9)
     asked = explicit(model, factors, other.images(), other.targets())
@@ -91,7 +91,23 @@ def test_a_store_of_components_is_refused_because_its_vectors_are_shorter(proble
     model, images, factors = problem
     store = build_store(model, factors, images, StoreSettings(components=8, probe=16))
     with pytest.raises(ArtifactError, match="build it with components null"):
-        StoredDirections(store, store.sketcher(model, factors))
+        StoredDirections.of(store, model, factors)
+
+
+def test_directions_of_which_most_is_not_kept_are_refused(problem) -> None:
+    """The metric takes rows to be of length one."""
+    model, images, factors = problem
+    all_of_it = DirectionSettings(leading=None, sketch=4).store()
+    with pytest.raises(ArtifactError, match=r"set directions\.leading"):
+        StoredDirections.of(build_store(model, factors, images, all_of_it), model, factors)
+
+
+def test_a_direction_that_is_not_finite_is_refused_by_row(problem) -> None:
+    model, images, factors = problem
+    store = build_store(model, factors, images, LEADING)
+    store.self_influence[7] = np.nan
+    with pytest.raises(NumericalError, match="got 1 of 40 that are not, the first of row 7"):
+        StoredDirections.of(store, model, factors)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

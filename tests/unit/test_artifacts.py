@@ -159,8 +159,10 @@ def test_what_a_kill_left_behind_is_removed(split: Split, tmp_path: Path) -> Non
     torn = tmp_path / ".images.abc"
     torn.mkdir()
     (torn / "pixels.npy").write_bytes(b"half")
+    file = tmp_path / ".images.json.abc"  # of another record beside it
+    file.write_bytes(b"half")
     savers(split)["images"](tmp_path / "images")
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert {path.name for path in tmp_path.iterdir()} == {"images", file.name}
 
 
 def test_artefacts_of_another_run_are_refused(split: Split, tmp_path: Path) -> None:

@@ -112,14 +112,17 @@ def test_nothing_flagged_has_no_precision() -> None:
     assert nothing.verdict == "nothing found"
 
 
-def test_flagged_rows_are_listed_by_suspicion_and_cannot_be_formulas(split: Split) -> None:
-    train = replace(split.train, class_names=("=1+1", "b", "c", "d"))
+@pytest.mark.parametrize("formula", ["=1+1", "+1", "-1", "@A1", "\t=1+1"])
+def test_flagged_rows_are_listed_by_suspicion_and_cannot_be_formulas(
+    split: Split, formula: str
+) -> None:
+    train = replace(split.train, class_names=(formula, "b", "c", "d"))
     suspicion = np.zeros(len(train), dtype=np.float32)
     suspicion[[4, 9, 2]] = [3, 5, 4]
     flags = Flags(suspicion, 1.0, np.ones(len(train), bool), np.ones(len(train), bool))
     lines = flags_csv(train, flags).splitlines()
     assert lines[0] == "row,id,label,suspicion,p_value"
     assert [line.split(",")[0] for line in lines[1:]] == ["9", "2", "4"]
-    assert lines[3] == "4,s1/0004,'=1+1,3,"
+    assert lines[3] == f"4,s1/0004,'{formula},3,"
     judged = replace(flags, p_values=np.where(suspicion == 3, 0.0125, np.nan))
-    assert flags_csv(train, judged).splitlines()[3] == "4,s1/0004,'=1+1,3,0.0125"
+    assert flags_csv(train, judged).splitlines()[3] == f"4,s1/0004,'{formula},3,0.0125"

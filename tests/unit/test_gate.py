@@ -124,6 +124,15 @@ def test_a_reader_that_has_gone_does_not_change_the_verdict(
     os.close(write)
 
 
+def test_an_interrupted_command_is_no_verdict_and_no_bug(monkeypatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    home = make_home(tmp_path)
+    monkeypatch.setattr("defense.cli.verify", interrupted)
+    assert run_gate(home) == 130
+
+
 @pytest.mark.parametrize("arguments", [["gate", "--home", "/no/such"], ["gate", "--nope"], ["x"]])
 def test_usage(arguments: list[str]) -> None:
     assert exit_code(*arguments) == 2

@@ -1,16 +1,19 @@
 """What a scan hands over to an investigation, and what it leaves in its folder."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from defense.errors import DataError
+from defense.errors import ArtifactError, DataError, DefenseError
 from defense.evidence import FoundBlock, PointedInput, Scan
-from defense.scanning import clear, hand_over, left_out, read_inputs
+from defense.scanning import clear, hand_over, left_out, read_inputs, scan_home
 from defense.storage import load_images, save_images
 from tests.conftest import make_images
+
+ROOT = Path(__file__).parents[2]
 
 
 def block(label: int, p_value: float, *, suspected: bool = True) -> FoundBlock:
@@ -68,6 +71,40 @@ def test_what_an_earlier_scan_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_a_scan_that_cannot_start_leaves_what_was_found(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    save_images(tmp_path / "scan" / "affected", make_images(8, seed=2), inputs={})
+    (tmp_path / "scan" / "scan.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="expected an artefact at"):
+        scan_home(tmp_path, None, tmp_path / "scan")
+    assert load_images(tmp_path / "scan" / "affected")[0].ids.shape == (8,)
+    assert (tmp_path / "scan" / "scan.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs"),
+    [
+        ("scan", "scan/affected"),
+        ("artifacts", None),
+        ("artifacts/more", None),
+        ("week/scan", "week"),
+        ("week", "week"),
+    ],
+)
+def test_what_is_read_is_not_written_to(tmp_path: Path, out: str, inputs: str | None) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with pytest.raises(DefenseError, match=r"would replace what .* name another folder"):
+        scan_home(tmp_path, None if inputs is None else tmp_path / inputs, tmp_path / out)
+
+
+@pytest.mark.parametrize("name", ["affected", "scan"])
+def test_a_folder_that_is_no_scans_is_not_replaced(tmp_path: Path, name: str) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(DefenseError, match="expected what an earlier scan left"):
+        scan_home(tmp_path, None, tmp_path / "out")
 
 
 def test_classes_that_were_not_looked_at_are_said() -> None:
