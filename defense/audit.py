@@ -216,6 +216,7 @@ def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:
             p_value=block.p_value,
             suspected=block.suspected,
             lacking=block.lacking,
+            unclear=block.unclear,
             planted=rate(exhibits.truth.poisoned[block.rows]),
             removed=rate(exhibits.flags.mask[block.rows]),
         )

@@ -98,8 +98,10 @@ def read_policy(path: Path) -> Policy:
 def scan(home: Path, inputs: Path | None, out: Path) -> None:
     """Look for poison without an incident: blocks of rows that dictate predictions.
 
-    Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 3 not measured because classes
-    have too few rows or clean inputs, 70 crash.
+    With --inputs only the classes that inputs are predicted as are looked at.
+
+    Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 3 undecided because a block is
+    unclear, or because classes have too few rows or clean inputs, 70 crash.
     """
     from defense.scanning import scan_home  # brings torch
 
@@ -108,7 +110,7 @@ def scan(home: Path, inputs: Path | None, out: Path) -> None:
         say(line)
     if found.suspected:
         raise SystemExit(BLOCKED)
-    if found.unchecked:
+    if found.verdict != "nothing suspected":
         raise SystemExit(EVIDENCE)
 
 

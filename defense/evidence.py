@@ -53,9 +53,10 @@ class Incident:
         affected: Numbers of the affected inputs; none if it is the label as a whole.
         label: The label they were given.
         p_value: Share of controls that cohere as much with rows, weighed by how these cohere with
-            their block, counting the incident as one; None of a label as a whole.
-        num_controls: Clean inputs that went through the same procedure. Of a label as a whole:
-            those that its rows were compared with; 0 if it was not looked at.
+            their block, counting the incident as one; None of a label as a whole, or if there
+            were too few controls or rows to judge the inputs.
+        num_controls: Clean inputs that went through the same procedure; 0 if they were too few. Of
+            a label as a whole: those that its rows were compared with; 0 if it was not looked at.
         num_flagged: Rows that are flagged; none unless the verdict is that poison was found.
         false_discovery_rate: Share of false flags that was promised.
         expected_false: Clean rows that chance flags at the same threshold: on average, and the
@@ -114,6 +115,7 @@ class FoundBlock:
         suspected: Whether they were planted, by that test, all blocks counted; or because clean
             inputs lack what they have in common.
         lacking: Whether clean inputs lack what the rows have in common, as far as could be told.
+        unclear: Whether it is not suspected, though surely less is agreed with than usually.
     """
 
     label: int
@@ -129,6 +131,12 @@ class FoundBlock:
     p_value: float
     suspected: bool
     lacking: bool = False
+    unclear: bool = False
+
+    @property
+    def judged(self) -> str:
+        """``suspected``, ``unclear`` or ``natural``."""
+        return "suspected" if self.suspected else "unclear" if self.unclear else "natural"
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ class Scan:
     """What a scan found.
 
     Attributes:
-        blocks: The blocks, suspected or natural.
+        blocks: The blocks, suspected, unclear or natural.
         inputs: Inputs that cohere most with blocks, by block and p-value: all that they dictate,
             and some more.
         alarm: P-value for all blocks together up to which some are suspected.
@@ -176,9 +184,11 @@ class Scan:
 
     @property
     def verdict(self) -> str:
-        """``poison suspected`` if any block is, ``not measured`` if classes are unchecked."""
+        """What is worst: a block that is suspected, one that is unclear, an unchecked class."""
         if self.suspected:
             return "poison suspected"
+        if any(block.unclear for block in self.blocks):
+            return "unclear"
         return "not measured" if self.unchecked else "nothing suspected"
 
 

@@ -25,8 +25,8 @@ class Policy(Method):
         min_clean_accuracy: Smallest accepted clean accuracy of the remediated model.
         max_affected_fooled: Largest accepted share of affected inputs that still get the
             label they were reported with.
-        max_open_blocks: Most accepted blocks of rows that a scan suspects and of which less than
-            nine tenths were flagged; null asks for no scan.
+        max_open_blocks: Most accepted blocks of rows that a scan suspects, or cannot vouch for,
+            and of which less than nine tenths were flagged; null asks for no scan.
         max_partly_scanned: Most accepted classes that a scan could not look at as a whole, where
             poison with correct labels may go unseen; null does not ask.
     """

@@ -125,6 +125,14 @@ class Agreement:
         wrong = self.own.mean() <= CONTRADICTED * self.base
         return bool(wrong) and (self.p_value(self.own.sum()) <= alarm or not self.telling(alarm))
 
+    def unclear(self, alarm: float) -> bool:
+        """Tell whether surely fewer labels are agreed with than usually, yet most of these are.
+
+        So it is with natural rows that are harder than others, and with wrong labels among right
+        ones, by which somebody might hide them.
+        """
+        return not self.contradicted(alarm) and self.p_value(int(self.own.sum())) <= alarm
+
 
 @dataclass(frozen=True)
 class Hearing:
@@ -215,6 +223,7 @@ class Hearing:
             p_value=found.p_value(int(found.own.sum())),
             suspected=found.contradicted(alarm) or block.lacking,
             lacking=block.lacking,
+            unclear=found.unclear(alarm) and not block.lacking,
         )
 
 

@@ -56,13 +56,12 @@ def doubtful(doubts: LabelDoubts, train: ImageSet) -> bytes:
 
 def block_title(block: FoundBlock, train: ImageSet) -> str:
     """Say in one line what a block is."""
-    what = "suspected" if block.suspected else "natural"
     names = train.class_names
     lack = "" if not block.lacking else " have in common what clean inputs lack"
     return (
-        f"{what}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model that "
-        f"never saw them agrees with {block.agreement:.0%} (usually {block.usual_agreement:.0%}), "
-        f"says {names[block.said]} of {block.said_share:.0%}"
+        f"{block.judged}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model "
+        f"that never saw them agrees with {block.agreement:.0%} (usually "
+        f"{block.usual_agreement:.0%}), says {names[block.said]} of {block.said_share:.0%}"
     )
 
 

@@ -137,6 +137,7 @@ class BlockQuality(Part):
         p_value: Chance of so little agreement, were they rows like those others.
         suspected: Whether they seem to be planted.
         lacking: Whether clean inputs lack what they have in common.
+        unclear: Whether they are not suspected, though surely less is agreed with than usually.
         planted: Those that were, by the truth.
         removed: Those that were flagged and removed.
     """
@@ -153,11 +154,12 @@ class BlockQuality(Part):
     planted: Rate
     removed: Rate
     lacking: bool = False
+    unclear: bool = False
 
     @property
     def is_open(self) -> bool:
-        """Whether it is suspected, and less than nine tenths of it were flagged."""
-        return self.suspected and (self.removed.value or 0.0) < REMOVED
+        """Whether it is suspected or unclear, and less than nine tenths of it were flagged."""
+        return (self.suspected or self.unclear) and (self.removed.value or 0.0) < REMOVED
 
 
 class CurvePoint(Part):

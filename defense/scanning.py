@@ -3,7 +3,7 @@
 import csv
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,16 +138,28 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
     publish(scan, subject.train, out)
     shutil.rmtree(scratch, ignore_errors=True)
     lines = [block_title(block, subject.train) for block in scan.blocks]
-    return scan, [*lines, *left_out(scan, subject.train)]
+    classes = range(subject.train.num_classes)
+    beyond = [] if images is None else sorted({*classes} - {*predicted.tolist()})
+    return scan, [*lines, *left_out(scan, subject.train, beyond)]
 
 
-def left_out(scan: Scan, train: ImageSet) -> list[str]:
-    """Say in a line each what a scan could not look at."""
-    both = (scan.unchecked, "not looked at"), (scan.in_part, "not looked at as a whole")
+def left_out(scan: Scan, train: ImageSet, beyond: Sequence[int] = ()) -> list[str]:
+    """Say in a line each what a scan did not look at.
+
+    Args:
+        scan: What it found.
+        train: The training set.
+        beyond: Labels that no input was predicted as.
+    """
+    parts = (
+        (scan.unchecked, "not looked at"),
+        (scan.in_part, "not looked at as a whole"),
+        (beyond, "not looked at, because no input is predicted as it"),
+    )
     return [
         f"{what}: {', '.join(train.class_names[label] for label in labels)}"
-        for labels, what in both
-        if labels
+        for labels, what in parts
+        if len(labels)
     ]
 
 
@@ -267,6 +279,7 @@ def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
             "p_value": block.p_value,
             "suspected": block.suspected,
             "lacking": block.lacking,
+            "unclear": block.unclear,
             "inputs": [
                 {"id": given.id, "p_value": given.p_value, "dictated": given.dictated}
                 for given in scan.inputs

@@ -48,8 +48,8 @@ class NormalisedInfluence(RowDetector, Coherence):
         """See `Detector.detect`.
 
         Raises:
-            DataError: The case has no directions, too few controls for an alarm, or fewer than
-                two rows to compare an affected input with.
+            DataError: The case has no directions, or for no affected input enough controls for an
+                alarm and two rows to compare it with.
         """
         directions, controls = case.directions, case.controls
         if directions is None or controls is None:
@@ -61,13 +61,17 @@ class NormalisedInfluence(RowDetector, Coherence):
         clean = CleanInputs(controls, generator)
         search = Search(self, case.train, directions, clean, everywhere=self.rows == "all")
         found, incidents = Evidence.of(len(case.train)), list[Incident]()
-        for label in np.unique(_labels(case)):
-            for incident, evidence in _incidents(search, case, int(label)):
-                incidents.append(incident)
-                found.add(evidence)
-            incident, evidence = _of_class(search, int(label), found.suspicion > 0)
-            incidents.append(incident)
-            found.add(evidence)
+        labels, refused = np.unique(_labels(case)).tolist(), list[DataError]()
+        for label in labels:
+            try:
+                incidents += _looked_at(search, case, label, found)
+            except DataError as error:
+                logger.warning("not investigated: %s", error)
+                refused.append(error)
+                incidents.append(_unmeasured(self, case, label))
+            search.forget(label)
+        if len(refused) == len(labels):
+            raise refused[0]
         lowest = np.nanmin(found.suspicion)
         suspicion = np.where(np.isnan(found.suspicion), lowest, found.suspicion)
         flags = self.flags(case, suspicion, 0.0)
@@ -116,6 +120,30 @@ def _labels(case: Case) -> NDArray[np.int64]:
     """Labels of the affected inputs, in the order of their numbers."""
     labels: NDArray[np.int64] = case.queries.labels.numpy()[case.queries.changed("none")]
     return labels
+
+
+def _looked_at(search: Search, case: Case, label: int, found: Evidence) -> list[Incident]:
+    """List the incidents of a label, the class as a whole last; adds to what was found."""
+    incidents = []
+    for incident, evidence in _incidents(search, case, label):
+        incidents.append(incident)
+        found.add(evidence)
+    incident, evidence = _of_class(search, label, found.suspicion > 0)
+    found.add(evidence)
+    return [*incidents, incident]
+
+
+def _unmeasured(settings: Coherence, case: Case, label: int) -> Incident:
+    """Write down that affected inputs of a label could not be judged."""
+    return Incident(
+        affected=tuple(np.flatnonzero(_labels(case) == label).tolist()),
+        label=label,
+        p_value=None,
+        num_controls=0,
+        num_flagged=0,
+        false_discovery_rate=settings.false_discovery_rate,
+        expected_false=(0.0, 0.0, 0.0),
+    )
 
 
 def _incidents(search: Search, case: Case, label: int) -> Iterator[tuple[Incident, Evidence]]:

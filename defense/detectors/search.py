@@ -36,8 +36,8 @@ class Coherence(Method):
         alarm: P-value up to which the verdict is that poison was found, or, if no row stands out,
             that it is suspected.
         num_controls: Clean inputs of a class at most, for the tail of chance. Up to 200 go through
-            the whole procedure; if they are too few for a p-value as small as `alarm`, other
-            classes lend theirs, up to as many.
+            the whole procedure; if they are fewer than that, or too few for a p-value as small as
+            `alarm`, other classes lend theirs.
         seeds: Rows that become queries.
         rounds: Times they do, at most.
         subpopulation: Share of a class from which on its rows are flagged if they have something
@@ -200,6 +200,7 @@ class Search:
         self.clean, self.everywhere = clean, everywhere
         self.benches: dict[int, Bench] = {}
         self.known: dict[int, Reals] = {}
+        self.lent: dict[int, list[float]] = {}
 
     def bench(self, label: int) -> Bench:
         """Take the rows and controls of a label.
@@ -275,22 +276,29 @@ class Search:
         """
         fewest = math.ceil(1 / self.settings.alarm - 1e-9) - 1
         found = [*bench.relative(bench.strengths)]
-        # One that is as strong by chance is not to decide alone: so many that two may be.
-        wanted = fewest if len(found) >= fewest else max(fewest, REPLAYED)
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
-            if len(found) >= wanted:
+            # One that is as strong by chance is not to decide alone.
+            if len(found) >= max(fewest, REPLAYED):
                 break
             enough = (self.train.labels == other).sum() > 1
             lent = self.clean.of(other, self.settings.num_controls)
             if other != label and enough and len(lent) >= FEWEST:
-                lender = self.bench(other)
-                found += [*lender.relative(lender.strengths)]
+                found += self._lent_by(other)
         if len(found) < fewest:
             raise DataError(
-                f"an alarm at {self.settings.alarm:g} takes {fewest} clean inputs, got "
-                f"{len(found)}; give a larger test set or raise it"
+                f"an alarm at {self.settings.alarm:g} takes {fewest} clean inputs, up to "
+                f"{REPLAYED} of each class, got {len(found)}; give a larger test set or raise it"
             )
         return np.array(found)
+
+    def _lent_by(self, label: int) -> list[float]:
+        """Relative strengths of the controls of a label; only they stay in memory."""
+        if label not in self.lent:
+            known, bench = label in self.benches, self.bench(label)
+            self.lent[label] = bench.relative(bench.strengths).tolist()
+            if not known:
+                self.forget(label)
+        return self.lent[label]
 
     def _p_value(self, bench: Bench, label: int, finding: Finding) -> float:
         """Share of controls that are as strong as a finding, itself counted in."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom, spearmanr
 
 from defense.detectors.search import Pointed, Search
@@ -262,10 +263,34 @@ def test_the_p_value_counts_the_incident_and_two_hundred_controls() -> None:
 def test_too_few_clean_inputs_for_an_alarm_are_refused_and_other_classes_lend_theirs() -> None:
     case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
     few, enough = (replace(case, controls=make_images(count, seed=8)) for count in (96, 100))
-    with pytest.raises(DataError, match="takes 99 clean inputs, got 96"):
+    with pytest.raises(DataError, match="takes 99 clean inputs, up to 200 of each class, got 96"):
         detect(few)
     incident = of_inputs(detect(enough))
     assert (incident.num_controls, incident.p_value) == (100, pytest.approx(1 / 101))
+
+
+def test_an_input_that_cannot_be_judged_does_not_keep_others_from_it() -> None:
+    """No clean input of the class that the model takes it for; the other is judged as ever."""
+    case = case_of(vectors_with(BLOCK), [towards(0, 3), towards(0, 5)], LABELS)
+    case = replace(case, queries=replace(case.queries, labels=torch.tensor([1, 2])))
+    lacking = replace(case, controls=case.controls.where(case.controls.labels != 2))
+    flags = detect(lacking)
+    assert flags.mask[BLOCK].mean() > 0.9
+    told, _, unknown = flags.incidents
+    assert (told.label, told.affected, told.p_value) == (1, (0,), pytest.approx(1 / 201))
+    assert (unknown.label, unknown.affected, unknown.p_value) == (2, (1,), None)
+    nobody = replace(lacking, controls=lacking.controls.where(lacking.controls.labels != 1))
+    with pytest.raises(DataError, match="clean inputs of class b, got 0"):
+        detect(nobody)
+
+
+def test_controls_of_a_class_that_are_too_few_to_tell_are_joined_by_others() -> None:
+    """A single one that is as strong does not decide, whether there are 99 of the class or not."""
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    clean = make_images(800, seed=8)
+    kept = (clean.labels != 1) | (np.cumsum(clean.labels == 1) <= 150)
+    incident = of_inputs(detect(replace(case, controls=clean.where(kept))))
+    assert incident.num_controls > 200
 
 
 def test_an_incident_is_judged_by_the_mean_of_its_inputs(monkeypatch) -> None:

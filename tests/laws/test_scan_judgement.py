@@ -113,6 +113,17 @@ def test_the_alarm_is_for_all_blocks_together() -> None:
         assert planted.suspected == suspected
 
 
+def test_wrong_labels_among_right_ones_are_unclear() -> None:
+    """Somebody adds triggered rows with right labels to a block, so that most of it is right."""
+    mixed = BLOCK[:17]
+    scan = scanner_of(vectors_with(BLOCK), planted=mixed, skill=0.95, subpopulation=None).rows(0)
+    assert [block.judged for block in scan.blocks] == ["unclear"]
+    assert scan.blocks[0].agreement > 0.5 * scan.blocks[0].usual_agreement
+    assert (scan.verdict, scan.suspected) == ("unclear", ())
+    scan = scanner_of(vectors_with(BLOCK), planted=mixed, skill=0.95, subpopulation=0.05).rows(0)
+    assert scan.verdict == "poison suspected"  # by what clean inputs of the class lack
+
+
 def agreement(own: tuple[int, int], usual: tuple[int, int], chance: float = 0.1) -> Agreement:
     parts = (np.arange(total) < agreeing for agreeing, total in (own, usual))
     return Agreement(*parts, chance)
@@ -129,6 +140,10 @@ def test_a_model_knows_a_class_by_twice_as_much_as_chance_or_half_way() -> None:
 def test_labels_are_contradicted_by_few_enough_and_by_the_test() -> None:
     assert agreement((3, 20), (50, 100)).contradicted(0.01)
     assert not agreement((27, 100), (50, 100)).contradicted(0.01)  # more than half as many
+    assert agreement((27, 100), (50, 100)).unclear(0.01)
+    assert not agreement((27, 100), (50, 100)).unclear(0.0005)
+    assert not agreement((3, 20), (50, 100)).unclear(0.01)  # worse than that
+    assert not agreement((4, 16), (50, 100)).unclear(0.01)
     assert agreement((27, 100), (50, 100)).p_value(27) < 0.001
     assert not agreement((4, 16), (50, 100)).contradicted(0.01)  # this may be chance
     assert agreement((4, 16), (50, 100)).telling(0.01)

@@ -144,6 +144,17 @@ def test_a_cause_that_no_row_gives_away_is_told_on_the_page(clone: Path) -> None
     assert "more than chance, but no row of it stands out" in page
 
 
+def test_what_could_not_be_judged_is_told_on_the_page(clone: Path) -> None:
+    report = read_report(clone / "reports" / "audit.json")
+    pictures = file_bytes(clone / "reports" / "plots")
+    unknown = report.incidents[0].model_copy(update={"p_value": None, "num_flagged": 0})
+    page = render(report.model_copy(update={"incidents": [unknown]}), pictures)
+    assert "<strong>not investigated</strong>, for lack of clean inputs" in page
+    unclear = report.blocks[0].model_copy(update={"suspected": False, "unclear": True})
+    page = render(report.model_copy(update={"blocks": [unclear]}), pictures)
+    assert "<strong>unclear</strong>: natural rows that are hard, or wrong labels" in page
+
+
 def test_counterfactuals_tell_the_cause_from_other_rows(home: Path) -> None:
     done = stage(home, "counterfactual")
     assert done.returncode == 0, done.stderr

@@ -53,6 +53,12 @@ def test_suspected_blocks_that_are_still_trained_on_block(
     assert run_gate(home) == 0
 
 
+@pytest.mark.parametrize(("removed", "code"), [(35, 1), (36, 0)])
+def test_a_block_that_cannot_be_vouched_for_blocks(tmp_path: Path, removed: int, code: int) -> None:
+    unclear = block(suspected=False, removed=removed).model_copy(update={"unclear": True})
+    assert run_gate(make_home(tmp_path, blocks=[unclear])) == code
+
+
 def test_a_class_that_was_not_scanned_blocks(tmp_path: Path) -> None:
     assert run_gate(make_home(tmp_path, unchecked=["7"])) == 1
 

@@ -1,6 +1,7 @@
 """What a scan hands over to an investigation, and what it leaves in its folder."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from defense.evidence import FoundBlock, PointedInput, Scan
 from defense.scanning import clear, hand_over, left_out, read_inputs, scan_home
 from defense.storage import load_images, save_images
 from tests.conftest import make_images
+from tests.unit.homes import exit_code
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,11 +109,32 @@ def test_a_folder_that_is_no_scans_is_not_replaced(tmp_path: Path, name: str) ->
         scan_home(tmp_path, None, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("suspected", "unclear", "unchecked", "code"),
+    [
+        (True, True, (1,), 1),
+        (False, True, (1,), 3),
+        (False, True, (), 3),
+        (False, False, (1,), 3),
+        (False, False, (), 0),
+    ],
+)
+def test_only_a_scan_that_decides_on_nothing_suspected_ends_well(
+    monkeypatch, tmp_path: Path, suspected: bool, unclear: bool, unchecked: tuple[int], code: int
+) -> None:
+    found = replace(block(1, 1e-3, suspected=suspected), unclear=unclear)
+    scan = Scan((found,), (), 0.01, unchecked)
+    monkeypatch.setattr("defense.scanning.scan_home", lambda *_: (scan, []))
+    assert exit_code("scan", "--home", str(tmp_path)) == code
+
+
 def test_classes_that_were_not_looked_at_are_said() -> None:
     train = make_images(40, seed=1)
     assert left_out(Scan((), (), 0.01), train) == []
     lines = left_out(Scan((), (), 0.01, unchecked=(1,), in_part=(0, 2)), train)
     assert lines == ["not looked at: b", "not looked at as a whole: a, c"]
+    (line,) = left_out(Scan((), (), 0.01), train, [3])
+    assert line == "not looked at, because no input is predicted as it: d"
 
 
 def test_inputs_of_another_size_are_refused(tmp_path: Path) -> None:
