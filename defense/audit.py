@@ -27,6 +27,7 @@ from defense.report import (
     IncidentQuality,
     ModelQuality,
 )
+from defense.storage import blinded
 
 
 class AuditSettings(Method):
@@ -165,6 +166,8 @@ def _affected(exhibits: Exhibits) -> list[Affected]:
 
 def incidents(exhibits: Exhibits) -> list[IncidentQuality]:
     """Tell what the affected inputs implicate, by the names of classes and inputs."""
+    test = exhibits.test.ids.tolist()
+    clean = dict(zip(blinded(exhibits.test).ids.tolist(), test, strict=True))
     return [
         IncidentQuality(
             affected=[str(exhibits.affected.ids[number]) for number in incident.affected],
@@ -178,6 +181,7 @@ def incidents(exhibits: Exhibits) -> list[IncidentQuality]:
             enrichment=_by_label(incident.enrichment, exhibits.train.class_names),
             rival=None if incident.rival is None else exhibits.train.class_names[incident.rival],
             untold=incident.untold,
+            alike=[clean[name] for name in incident.alike],
         )
         for incident in exhibits.flags.incidents
     ]
@@ -217,6 +221,7 @@ def _blocks(exhibits: Exhibits, scan: Scan) -> list[BlockQuality]:
             suspected=block.suspected,
             lacking=block.lacking,
             unclear=block.unclear,
+            alike=list(block.alike),
             planted=rate(exhibits.truth.poisoned[block.rows]),
             removed=rate(exhibits.flags.mask[block.rows]),
         )

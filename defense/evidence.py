@@ -67,6 +67,8 @@ class Incident:
             whose rows stands out. None without flags, or if fewer
             than 20 rows are left.
         untold: Whether there is more than chance explains, yet no row of it stands out.
+        alike: Ids of clean inputs that cohere with the rows as these do with each other, and were
+            therefore not compared with: the attack may have reached them, too.
         enrichment: How many times as frequent every label is among the rows of all labels that
             cohere most with the affected inputs as among all rows, ``[c]``.
         rival: The label of which that is most true, of those of which it surely is more than of
@@ -84,6 +86,7 @@ class Incident:
     enrichment: tuple[float, ...] = ()
     rival: int | None = None
     untold: bool = False
+    alike: tuple[str, ...] = ()
 
     @property
     def precision(self) -> tuple[float, float, float] | None:
@@ -116,6 +119,7 @@ class FoundBlock:
             inputs lack what they have in common.
         lacking: Whether clean inputs lack what the rows have in common, as far as could be told.
         unclear: Whether it is not suspected, though surely less is agreed with than usually.
+        alike: See `Incident`.
     """
 
     label: int
@@ -132,6 +136,7 @@ class FoundBlock:
     suspected: bool
     lacking: bool = False
     unclear: bool = False
+    alike: tuple[str, ...] = ()
 
     @property
     def judged(self) -> str:

@@ -71,12 +71,14 @@ class Suspicion:
         rows: Their numbers in the training set, ascending.
         finding: How much they cohere.
         lacking: See `defense.evidence.FoundBlock`.
+        alike: See `defense.evidence.FoundBlock`.
     """
 
     label: int
     rows: NDArray[np.int64]
     finding: Finding
     lacking: bool = False
+    alike: tuple[str, ...] = ()
 
 
 def rows_of(blocks: Sequence[Suspicion], size: int) -> Mask:
@@ -224,6 +226,7 @@ class Hearing:
             suspected=found.contradicted(alarm) or block.lacking,
             lacking=block.lacking,
             unclear=found.unclear(alarm) and not block.lacking,
+            alike=block.alike,
         )
 
 

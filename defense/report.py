@@ -108,6 +108,8 @@ class IncidentQuality(Part):
         rival: The label that is enriched most, of those that surely are more than the given one;
             None without any, or if all rows were looked among anyway.
         untold: Whether there is more than chance explains, yet no row of it stands out.
+        alike: Ids of clean inputs that cohere with the rows as these do with each other, and were
+            therefore not compared with: the attack may have reached them, too.
     """
 
     affected: list[str]
@@ -121,6 +123,7 @@ class IncidentQuality(Part):
     enrichment: dict[str, float] = {}
     rival: str | None = None
     untold: bool = False
+    alike: list[str] = []
 
 
 class BlockQuality(Part):
@@ -138,6 +141,7 @@ class BlockQuality(Part):
         suspected: Whether they seem to be planted.
         lacking: Whether clean inputs lack what they have in common.
         unclear: Whether they are not suspected, though surely less is agreed with than usually.
+        alike: See `IncidentQuality`.
         planted: Those that were, by the truth.
         removed: Those that were flagged and removed.
     """
@@ -155,6 +159,7 @@ class BlockQuality(Part):
     removed: Rate
     lacking: bool = False
     unclear: bool = False
+    alike: list[str] = []
 
     @property
     def is_open(self) -> bool:

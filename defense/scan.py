@@ -40,6 +40,7 @@ class ScanSettings(Independence):
 
     Attributes:
         num_controls: See `Coherence`; fewer, because there is one such class after the other.
+        contaminated: See `Coherence`; none, because natural blocks are in the test set, too.
         attempts: Places per class at which nothing new is found until no more are looked at. Those
             that lead to a block do not count: somebody might plant harmless ones before another.
         candidates: Rows of a class, at random, that may be such a place.
@@ -47,6 +48,7 @@ class ScanSettings(Independence):
     """
 
     num_controls: int = Field(500, ge=FEWEST)
+    contaminated: float = Field(0.0, ge=0, lt=1)
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(16, gt=1)
@@ -203,7 +205,8 @@ class Scanner:
                 again = len(told & {*members.tolist()}) > MOSTLY * len(members)
                 if len(members) >= self.settings.smallest and not again:
                     told |= {*members.tolist()}
-                    yield Suspicion(label, bench.rows.places[members], finding)
+                    alike = self.search.alike(label, finding)
+                    yield Suspicion(label, bench.rows.places[members], finding, alike=alike)
                 else:
                     left -= 1
                 if not left:

@@ -280,6 +280,7 @@ def summaries(scan: Scan, train: ImageSet) -> list[dict[str, object]]:
             "suspected": block.suspected,
             "lacking": block.lacking,
             "unclear": block.unclear,
+            "alike": block.alike,
             "inputs": [
                 {"id": given.id, "p_value": given.p_value, "dictated": given.dictated}
                 for given in scan.inputs

@@ -241,10 +241,8 @@ def load_flags(path: Path) -> tuple[Flags, Manifest]:
 
 def incident_of(facts: dict[str, Any]) -> Incident:
     """Build an incident from what was saved of it."""
-    several = {
-        name: tuple(facts.get(name, ())) for name in ("affected", "expected_false", "enrichment")
-    }
-    return Incident(**facts | several)
+    names = ("affected", "expected_false", "enrichment", "alike")
+    return Incident(**facts | {name: tuple(facts.get(name, ())) for name in names})
 
 
 def save_scan(path: Path, scan: Scan, *, inputs: Inputs | None = None) -> str:
@@ -265,8 +263,9 @@ def save_scan(path: Path, scan: Scan, *, inputs: Inputs | None = None) -> str:
 def load_scan(path: Path) -> tuple[Scan, Manifest]:
     """Load what a scan found."""
     manifest, rows = open_artifact(path, "scan"), read_array(path / "rows.npy")
+    names = ("expected_false", "alike")
     blocks = tuple(
-        FoundBlock(rows=mask, **facts | {"expected_false": tuple(facts["expected_false"])})
+        FoundBlock(rows=mask, **facts | {name: tuple(facts.get(name, ())) for name in names})
         for mask, facts in zip(rows, manifest.fact("blocks"), strict=True)
     )
     given = tuple(PointedInput(**facts) for facts in manifest.fact("inputs"))

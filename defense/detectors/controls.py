@@ -17,6 +17,7 @@ SHAPED = 20  # controls in the tail from which on its shape is fitted, too
 HEAVIEST = 0.5  # shape at most: beyond it a tail has no variance
 LIKELY = 0.5  # chance up to which a row may be clean and still be flagged
 RELATED = 1 / 3  # of a block's own coherence, from which on something is of the same cause
+ALIKE = 0.5  # of a block's own coherence, from which on a clean input may be of the same cause
 RESAMPLES = 200  # of the controls, for the interval of false flags
 
 
@@ -94,6 +95,7 @@ class Finding:
         threshold: Largest score of a row that is not flagged.
         strength: See `Controls.strength`.
         null: Median cosine of clean inputs with the seeds of the block, ``[k]``.
+        alike: Numbers of the clean inputs that are not among these; see `Controls.alike`.
     """
 
     flagged: Mask
@@ -102,6 +104,7 @@ class Finding:
     threshold: float
     strength: float
     null: Reals
+    alike: NDArray[np.int64]
 
     @property
     def p_values(self) -> NDArray[np.float64]:
@@ -120,16 +123,22 @@ class Controls:
     p-values are too small by a factor of two or so; those of a planted block hardly are.
     """
 
-    def __init__(self, starts: Reals, rate: float) -> None:
-        """Take the cosines of clean inputs with rows ``[k, n]``, and a false-discovery rate."""
-        self.starts, self.rate = starts, rate
+    def __init__(self, starts: Reals, rate: float, contaminated: float = 0.0) -> None:
+        """Take what chance can do.
+
+        Args:
+            starts: Cosines of clean inputs with rows, ``[k, n]``.
+            rate: A false-discovery rate.
+            contaminated: Share of the clean inputs that an attack may have reached; see `alike`.
+        """
+        self.starts, self.rate, self.contaminated = starts, rate, contaminated
         self.centre = medians(starts)
         spread = CONSISTENT * np.median(np.abs(starts - self.centre))
         self.spread = max(float(spread), float(np.finfo(np.float32).eps))
 
     def where(self, mask: Mask) -> "Controls":
         """Select some of the rows, bool ``[n]``."""
-        return Controls(np.compress(mask, self.starts, axis=1), self.rate)
+        return Controls(np.compress(mask, self.starts, axis=1), self.rate, self.contaminated)
 
     def standardised(self, start: Reals) -> Reals:
         """Express cosines of an input with rows, ``[n]``, in deviations of clean inputs."""
@@ -167,10 +176,35 @@ class Controls:
         """Return the number of clean inputs."""
         return len(self.starts)
 
+    def alike(self, block: Block, without: int | None = None) -> NDArray[np.int64]:
+        """Number the clean inputs that cohere with a block as its rows do, if they are few.
+
+        An attack may have reached the clean inputs, too, such as those that were split off from
+        the training set: no row coheres more than these, and a single one would hide all. With
+        rows that chance picked more than a few clean inputs cohere half as much as they do.
+
+        Args:
+            block: The block.
+            without: One that does not count.
+        """
+        enough = ALIKE * np.median(block.scores[block.seeds])
+        found = np.setdiff1d(
+            np.flatnonzero(self._cosines(block) >= enough), [] if without is None else [without]
+        )
+        return found if len(found) <= self.contaminated * len(self) else found[:0]
+
     def null(self, block: Block, without: int | None = None) -> Reals:
-        """Median cosine of clean inputs with the seeds of a block, one of them left out."""
-        cosines = medians(np.take(self.starts, block.seeds, axis=1).T)
-        return cosines if without is None else np.delete(cosines, without)
+        """Median cosine of clean inputs with the seeds of a block, but for those that are alike.
+
+        Args:
+            block: The block.
+            without: Another one that is left out.
+        """
+        left = [*self.alike(block, without), *([] if without is None else [without])]
+        return np.delete(self._cosines(block), np.array(left, dtype=np.int64))
+
+    def _cosines(self, block: Block) -> Reals:
+        return medians(np.take(self.starts, block.seeds, axis=1).T)
 
     def discoveries(self, block: Block, without: int | None = None) -> Mask:
         """Rows that stand out at the false-discovery rate (Benjamini & Hochberg 1995).
@@ -222,7 +256,8 @@ class Controls:
         if flagged.any() and without is None:
             expected = _false_flags(null, scores[flagged].min(), int((~flagged).sum()))
         strength = self.strength(block)
-        return Finding(flagged, block, expected, threshold, strength, null)
+        alike = self.alike(block, without)
+        return Finding(flagged, block, expected, threshold, strength, null, alike)
 
 
 def _other_cause(rows: Cohering, block: Block, flagged: Mask) -> Mask | None:

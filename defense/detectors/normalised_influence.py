@@ -225,12 +225,13 @@ def _incident(
         affected=affected,
         label=label,
         p_value=first.p_value,
-        num_controls=len(search.strengths(search.bench(label), label)),
+        num_controls=len(search.strengths(search.bench(label), label, first.finding)),
         num_flagged=int(sum(finding.flagged.sum() for finding in found)),
         false_discovery_rate=settings.false_discovery_rate,
         expected_false=(mean, low, high),
         p_value_left=seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
         untold=seen[-1].hidden(settings.alarm),
+        alike=search.alike(label, first.finding),
     )
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import binom
 from torch import Tensor
 
 from defense.detectors.coherence import Block, Cohering, Reals, Rows
 from defense.detectors.controls import Controls, Finding
+from defense.detectors.pointing import Pointed
 from defense.detectors.whitening import RowsWithout, Whitened
 from defense.errors import DataError
 from defense.evidence import Directions
@@ -38,6 +38,8 @@ class Coherence(Method):
         num_controls: Clean inputs of a class at most, for the tail of chance. Up to 200 go through
             the whole procedure; if they are fewer than that, or too few for a p-value as small as
             `alarm`, other classes lend theirs.
+        contaminated: Share of the clean inputs of a class that may be triggered themselves: as
+            many are not compared with, if they alone cohere with a block as its rows do.
         seeds: Rows that become queries.
         rounds: Times they do, at most.
         subpopulation: Share of a class from which on its rows are flagged if they have something
@@ -47,6 +49,7 @@ class Coherence(Method):
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
     alarm: float = Field(0.01, gt=0, lt=1)
     num_controls: int = Field(1000, ge=FEWEST)
+    contaminated: float = Field(0.01, ge=0, lt=1)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
     subpopulation: float | None = Field(0.05, gt=0, le=1)
@@ -140,41 +143,6 @@ class Sighting:
         return self.p_value <= alarm and not self.finding.flagged.any()
 
 
-@dataclass(frozen=True)
-class Pointed:
-    """How many rows carry each label, of those that cohere most with an input, and of a sample.
-
-    Attributes:
-        leading: ``[c]``.
-        sample: ``[c]``.
-    """
-
-    leading: NDArray[np.int64]
-    sample: NDArray[np.int64]
-
-    @property
-    def enrichment(self) -> NDArray[np.float64]:
-        """How many times as frequent every label is among the leading rows as in the sample."""
-        expected = self.sample * (self.leading.sum() / self.sample.sum())
-        return np.divide(self.leading, expected, out=np.zeros(len(expected)), where=expected > 0)
-
-    def rival(self, label: int, alarm: float) -> int | None:
-        """Name the label that is enriched most, of those that surely are more than a given one.
-
-        Args:
-            label: The given label.
-            alarm: Chance up to which they surely are, all labels counted: that so many of the
-                leading rows carry a label, were it as frequent among them as in the sample, or
-                as enriched as the given one is. Rows that are alike lead together, and raise it.
-        """
-        enrichment, share = self.enrichment, self.sample / self.sample.sum()
-        expected = np.minimum(share * max(1.0, enrichment[label]), 1)
-        chances = binom.sf(self.leading - 1, self.leading.sum(), expected) * len(share)
-        chances[label] = 1
-        rivals = np.flatnonzero((chances <= alarm) & (enrichment > enrichment[label]))
-        return int(rivals[enrichment[rivals].argmax()]) if len(rivals) else None
-
-
 class Search:
     """Looks among the rows of one label after the other."""
 
@@ -209,14 +177,14 @@ class Search:
             DataError: Fewer than two rows, or too few controls to tell what chance can do.
         """
         if label not in self.benches:
-            rows, rate = self._rows(label), self.settings.false_discovery_rate
-            clean = self.controls(label)
+            rows, clean = self._rows(label), self.controls(label)
             if self.everywhere:  # other labels do not scatter as clean inputs of this one do
                 starts = rows.directions.towards(clean)
             else:
                 seen = Whitened.by(rows.directions, clean)
                 rows, starts = rows.seen(seen), seen.left_out()
-            self.benches[label] = Bench(self.settings, rows, Controls(starts, rate))
+            promised = self.settings.false_discovery_rate, self.settings.contaminated
+            self.benches[label] = Bench(self.settings, rows, Controls(starts, *promised))
         return self.benches[label]
 
     def forget(self, label: int) -> None:
@@ -240,6 +208,11 @@ class Search:
             labels = torch.full((len(images),), label)
             self.known[label] = self.directions.vectors(images, labels)
         return self.known[label]
+
+    def alike(self, label: int, finding: Finding) -> tuple[str, ...]:
+        """Name the clean inputs of a label that cohere with a block as its rows do."""
+        images = self.clean.of(label, self.settings.num_controls)
+        return tuple(images.ids[finding.alike].tolist())
 
     def _rows(self, label: int) -> Rows:
         chosen = (self.train.labels == label) | self.everywhere
@@ -268,14 +241,20 @@ class Search:
         leading = labels[cosines >= np.quantile(cosines, 1 - LEADING)]
         return Pointed(np.bincount(leading, minlength=count), np.bincount(labels, minlength=count))
 
-    def strengths(self, bench: Bench, label: int) -> NDArray[np.float64]:
+    def strengths(self, bench: Bench, label: int, finding: Finding) -> NDArray[np.float64]:
         """Relative strengths of controls: of the label, and of others if they are too few.
+
+        Args:
+            bench: The rows and controls of the label.
+            label: The label.
+            finding: Controls that cohere with it as its rows do are left out.
 
         Raises:
             DataError: They are too few for an alarm.
         """
         fewest = math.ceil(1 / self.settings.alarm - 1e-9) - 1
-        found = [*bench.relative(bench.strengths)]
+        alike = finding.alike[finding.alike < len(bench.strengths)]
+        found = [*bench.relative(np.delete(bench.strengths, alike))]
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
             # One that is as strong by chance is not to decide alone.
             if len(found) >= max(fewest, REPLAYED):
@@ -302,7 +281,7 @@ class Search:
 
     def _p_value(self, bench: Bench, label: int, finding: Finding) -> float:
         """Share of controls that are as strong as a finding, itself counted in."""
-        strengths = self.strengths(bench, label)
+        strengths = self.strengths(bench, label, finding)
         stronger = strengths >= bench.relative(finding.strength)
         return float((1 + stronger.sum()) / (1 + len(strengths)))
 

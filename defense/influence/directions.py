@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from defense.compute import batches
 from defense.errors import ArtifactError, DataError, NumericalError
-from defense.influence.factors import Factors
 from defense.influence.sketch import Sketcher
 from defense.influence.store import RowStore
-from defense.records import Queries
+from defense.records import Factors, Queries
 
 SAMPLE = 64  # rows whose length is looked at
 SHORTEST = 0.9  # length on average, at least

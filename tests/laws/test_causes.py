@@ -70,7 +70,8 @@ def test_an_input_that_leads_to_no_rows_joins_one_incident_and_not_two() -> None
 
     def finding(start: np.ndarray, flagged: np.ndarray, seeds: np.ndarray) -> Finding:
         block = Block(start.astype(np.float32), start.astype(np.float32), seeds)
-        return Finding(flagged, block, (0.0, 0.0, 0.0), 0.0, 0.0, np.zeros(100, np.float32))
+        nothing = np.zeros(100, np.float32), np.zeros(0, np.int64)
+        return Finding(flagged, block, (0.0, 0.0, 0.0), 0.0, 0.0, *nothing)
 
     first, second = rows < 30, (rows >= 30) & (rows < 60)
     strong = [
@@ -252,7 +253,8 @@ def test_inputs_that_lead_to_no_rows_are_of_one_incident_only_if_both_point_to_t
 
     def lost(start: np.ndarray, seeds: np.ndarray) -> Finding:
         block = Block(start.astype(np.float32), start.astype(np.float32), seeds)
-        return Finding(rows < 0, block, (0.0, 0.0, 0.0), 0.0, 0.0, np.zeros(100, np.float32))
+        nothing = np.zeros(100, np.float32), np.zeros(0, np.int64)
+        return Finding(rows < 0, block, (0.0, 0.0, 0.0), 0.0, 0.0, *nothing)
 
     first, second = rows < 16, (rows >= 16) & (rows < 32)
     one, other = lost(9.0 * first, rows[first]), lost(9.0 * second, rows[second])

@@ -68,6 +68,21 @@ def test_a_control_is_not_compared_with_itself() -> None:
     np.testing.assert_array_equal(controls.null(block, without=4), expected)
 
 
+@pytest.mark.parametrize(("count", "left_out"), [(0, 0), (1, 1), (4, 4), (5, 0)])
+def test_few_controls_that_cohere_as_rows_do_are_left_out(count: int, left_out: int) -> None:
+    """One in a hundred of 400; more than that may be chance."""
+    starts = np.random.default_rng(0).normal(0, 0.1, size=(400, 60)).astype(np.float32)
+    starts[10 : 10 + count, :16] = 0.6
+    scores = np.where(np.arange(60) < 16, 1.0, 0.0).astype(np.float32)
+    controls, block = Controls(starts, 0.05, 0.01), Block(scores, scores, np.arange(16))
+    assert controls.alike(block).tolist() == [*range(10, 10 + left_out)]
+    assert len(controls.null(block)) == 400 - left_out
+    assert len(controls.null(block, without=100)) == 399 - left_out
+    assert controls.null(block).max() == pytest.approx(0.6 if count > left_out else 0.1, abs=0.1)
+    weak = Block(scores, scores / 10, np.arange(16))  # as rows are that chance picked
+    assert len(controls.alike(weak)) == 0
+
+
 def test_local_rates_are_the_share_of_clean_rows_around_a_p_value() -> None:
     rng = np.random.default_rng(0)
     p_values = np.concatenate([rng.uniform(size=200_000), rng.beta(0.1, 1, size=20_000)])

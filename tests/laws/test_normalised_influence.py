@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.stats import binom, spearmanr
 
-from defense.detectors.search import Pointed, Search
+from defense.detectors.pointing import Pointed
+from defense.detectors.search import Search
 from defense.errors import DataError
 from defense.storage import load_flags, save_flags
 from tests.conftest import make_images
@@ -282,6 +283,23 @@ def test_an_input_that_cannot_be_judged_does_not_keep_others_from_it() -> None:
     nobody = replace(lacking, controls=lacking.controls.where(lacking.controls.labels != 1))
     with pytest.raises(DataError, match="clean inputs of class b, got 0"):
         detect(nobody)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_an_attack_that_reached_clean_inputs_is_found_and_these_are_named(count: int) -> None:
+    """One in a hundred of them; each would be the most coherent clean input there is."""
+    case = case_of(vectors_with(BLOCK), [towards(0, 3)], LABELS)
+    own = np.flatnonzero(case.controls.labels == 1)[7 : 7 + count]
+    hit = {
+        case.controls.images(own)[place].contiguous().numpy().tobytes(): towards(0, 70 + place)
+        for place in range(count)
+    }
+    directions = replace(case.directions, known=case.directions.known | hit)
+    flags = detect(replace(case, directions=directions))
+    incident = of_inputs(flags)
+    assert flags.mask[BLOCK].mean() > 0.9
+    assert incident.p_value <= 0.01
+    assert {*incident.alike} == {*case.controls.ids[own].tolist()}
 
 
 def test_controls_of_a_class_that_are_too_few_to_tell_are_joined_by_others() -> None:

@@ -84,6 +84,18 @@ def test_an_attack_is_not_hidden_by_harmless_blocks() -> None:
     assert [block.rows[BLOCK].mean() > 0.9 for block in scan.suspected] == [True]
 
 
+def test_a_scan_names_clean_inputs_that_an_attack_reached_if_that_is_asked_for() -> None:
+    images = make_images(800, seed=8)
+    hit = np.flatnonzero(images.labels == 1)[[3, 50]]
+    known = known_inputs(images, 0, np.isin(np.arange(800), hit))
+    options = {"known": known, "subpopulation": None}
+    scan = scanner_of(vectors_with(BLOCK), **options).rows(seed=0)
+    assert [block.alike for block in scan.blocks] == [()]
+    scan = scanner_of(vectors_with(BLOCK), **options, contaminated=0.01).rows(seed=0)
+    assert [block.rows[BLOCK].mean() > 0.9 for block in scan.suspected] == [True]
+    assert {*scan.blocks[0].alike} == {*images.ids[hit].tolist()}
+
+
 def test_a_class_whose_inputs_are_all_alike_has_no_block() -> None:
     """Rows cohere, but so do clean inputs: nothing stands out."""
     vectors = vectors_with(np.flatnonzero(LABELS == 0))

@@ -11,6 +11,7 @@ from defense.evidence import Incident
 from defense.metrics import detection_quality, model_quality, ranking
 from defense.records import Flags, Split, Truth
 from defense.report import ModelQuality, Rate
+from defense.storage import blinded
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -87,8 +88,10 @@ def test_detection_counts_against_the_truth() -> None:
 def test_incidents_are_told_by_the_names_of_classes_and_inputs(split: Split) -> None:
     flags = Flags(np.zeros(2, np.float32), 0.0, np.ones(2, bool), np.ones(2, bool))
     told = Incident((1,), 2, 0.01, 100, 40, 0.05, (1.0, 0.0, 4.0), 0.5, (0.5, 3.0, 1.0, 0.1), 1)
-    silent = replace(told, rival=None, untold=True)
+    hit = blinded(split.test).ids[[4, 7]].tolist()
+    silent = replace(told, rival=None, untold=True, alike=tuple(hit))
     exhibits = SimpleNamespace(
+        test=split.test,
         affected=split.test.take(np.arange(2)),
         train=split.train,
         flags=replace(flags, incidents=(told, silent)),
@@ -98,6 +101,7 @@ def test_incidents_are_told_by_the_names_of_classes_and_inputs(split: Split) -> 
     assert (first.label, first.rival, second.rival) == (names[2], names[1], None)
     assert (first.untold, second.untold) == (False, True)
     assert first.affected == [split.test.ids[1]]
+    assert (first.alike, second.alike) == ([], split.test.ids[[4, 7]].tolist())
     assert list(first.enrichment) == [names[1], names[2], names[0], names[3]]
     assert first.precision == (0.975, 0.9, 1.0)
     assert (first.num_flagged, first.num_controls, first.p_value_left) == (40, 100, 0.5)
