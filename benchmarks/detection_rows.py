@@ -39,6 +39,7 @@ UNUSUAL = {
     "transformer_badnets_2": "vision transformer, BadNet 2 %",
 }
 NONE = "–"
+FEWEST = 3  # models of a version, to say something
 OLDER = " †"
 LEGEND = "\n† measured with the version before the last, †† with the one before that.\n"
 
@@ -84,14 +85,16 @@ def each(
 ) -> list[list[str]]:
     """Write a row for every attack and version that was measured, unless it has no cells.
 
-    Rows of versions before the latest are marked.
+    Rows of versions before the latest are marked, and left out once a later one has enough models.
     """
     rows = []
     for attack, title in titles.items():
         for found in of(models, attack):
-            mark = mark_of(version(found[0]), models)
-            if cells := row(found):
-                rows.append([title + mark, *cells])
+            asked = [model for model in found if row([model])]
+            if asked:
+                rows.append([title + mark_of(version(found[0]), models), *row(asked)])
+            if len(asked) >= FEWEST:
+                break
     return rows
 
 

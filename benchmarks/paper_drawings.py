@@ -8,23 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.paper_cells import HOME, Cells, of_others, values
-from benchmarks.paper_names import ATTACKS, NONE, SINGLE
+from benchmarks.paper_names import ABLATIONS, ATTACKS, DETECTORS, NONE, SINGLE, UNLEARNERS
 from defense.storage import load_scores, load_truth
 
 Bars = dict[str, tuple[str, str]]  # label to detector and unlearner
 
 POISON, CLEAN = "#b3261e", "#5f6b7a"
-DETECTORS = ("spectral_paper", "spectral_tran", "spectral_tran_restricted",
-             "activation_clustering", "activation_clustering_restricted", "frequency",
-             "frequency_restricted", "frequency_suspect", "poison_forensics", "ekfac",
-             "ekfac_zero", "delta_influence", "delta_restricted", "normalised")  # fmt: skip
-UNLEARNERS = ("eu", "cf_full", "cf", "cf_fifth", "cf_last", "ssd", "ssd_sample", "scrub",
-              "scrub_cmu", "scrub_paper", "badt", "badt_long", "potion")  # fmt: skip
 BARS: dict[str, Bars] = {
     "figure3": {name: (name, "eu") for name in DETECTORS},
     "figure4": {name: ("normalised", name) for name in UNLEARNERS},
     "figure5": {name: (name, "scrub_paper") for name in DETECTORS},
-    "figure7": {name: (name, "eu") for name in ("delta_influence", "delta_image", "delta_label")},
+    "figure7": {name: (name, "eu") for name in ABLATIONS},
 }
 SHOWN = 6  # transforms of Figure 2
 

@@ -229,6 +229,24 @@ def test_models_of_an_earlier_detector_have_rows_of_their_own() -> None:
     assert timed == [["BadNet 1 % ††", "t"], ["SIG 1 % †", "t"]]
 
 
+@pytest.mark.parametrize(("count", "shown"), [(2, ["34", "2"]), (3, ["345"])])
+def test_rows_of_an_earlier_detector_end_where_a_later_one_has_enough(
+    count: int, shown: list[str]
+) -> None:
+    """Only models count that were asked."""
+    models = {"old": {"attack": "badnets_1", "seed": 2, "asked": True}}
+    for seed in (3, 4, 5, 6):
+        asked = seed < 3 + count
+        models[f"{seed}-v3"] = {"attack": "badnets_1", "seed": seed, "version": 3, "asked": asked}
+    rows = detection_rows.each(
+        models,
+        lambda found: (
+            [name] if (name := "".join(str(m["seed"]) for m in found if m["asked"])) else []
+        ),
+    )
+    assert [row[1] for row in rows] == shown
+
+
 def test_a_page_of_nothing_has_no_tables() -> None:
     assert detection_page.page({}) == ""
 
