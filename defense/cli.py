@@ -40,7 +40,7 @@ def gate(home: Path, summary: Path | None) -> None:
     """Judge the recorded evidence under the policy in params.yaml.
 
     Exit codes: 0 pass, 1 blocked, 2 usage, 3 evidence missing or not matching its hash,
-    70 crash.
+    70 crash, 130 interrupted.
     """
     verdict = verify(home, read_policy(home / "params.yaml"))
     text = to_markdown(verdict)
@@ -101,7 +101,7 @@ def scan(home: Path, inputs: Path | None, out: Path) -> None:
     With --inputs only the classes that inputs are predicted as are looked at.
 
     Exit codes: 0 nothing suspected, 1 poison suspected, 2 usage, 3 undecided because a block is
-    unclear, or because classes have too few rows or clean inputs, 70 crash.
+    unclear, or because classes have too few rows or clean inputs, 70 crash, 130 interrupted.
     """
     from defense.scanning import scan_home  # brings torch
 

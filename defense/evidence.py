@@ -106,7 +106,8 @@ class FoundBlock:
         rows: Which rows they are, bool ``[n]``.
         coherence: Median over them of how each coheres with the seeds of the block, itself the
             median of its cosines with these.
-        clean_coherence: Largest median cosine of a clean input of that label with them.
+        clean_coherence: Largest median cosine of a clean input of that label with them, but for
+            those in `alike`.
         expected_false: See `Incident`.
         agreement: Share of them to which a model that never saw them gives their label.
         usual_agreement: The same of other rows with the label that it never saw.

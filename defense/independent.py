@@ -128,12 +128,16 @@ class Agreement:
         return bool(wrong) and (self.p_value(self.own.sum()) <= alarm or not self.telling(alarm))
 
     def unclear(self, alarm: float) -> bool:
-        """Tell whether surely fewer labels are agreed with than usually, yet most of these are.
+        """Tell whether surely fewer labels are agreed with than usually.
 
-        So it is with natural rows that are harder than others, and with wrong labels among right
-        ones, by which somebody might hide them.
+        If they are not contradicted, most are agreed with all the same. So it is with natural rows
+        that are harder than others, and with wrong labels among right ones, by which somebody
+        might hide them.
+
+        Args:
+            alarm: For this block alone: somebody might add harmless ones, too.
         """
-        return not self.contradicted(alarm) and self.p_value(int(self.own.sum())) <= alarm
+        return self.p_value(int(self.own.sum())) <= alarm
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,7 @@ class Hearing:
     ) -> FoundBlock:
         """Write down what the model made of a block."""
         scores = block.finding.block.scores[block.finding.flagged]
+        suspected = found.contradicted(alarm) or block.lacking
         votes = np.bincount(said[block.rows], minlength=self.train.num_classes)
         return FoundBlock(
             label=block.label,
@@ -223,9 +228,9 @@ class Hearing:
             said=int(votes.argmax()),
             said_share=float(votes.max() / len(found.own)),
             p_value=found.p_value(int(found.own.sum())),
-            suspected=found.contradicted(alarm) or block.lacking,
+            suspected=suspected,
             lacking=block.lacking,
-            unclear=found.unclear(alarm) and not block.lacking,
+            unclear=not suspected and found.unclear(self.settings.alarm),
             alike=block.alike,
         )
 

@@ -62,7 +62,7 @@ def block_title(block: FoundBlock, train: ImageSet) -> str:
         f"{block.judged}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model "
         f"that never saw them agrees with {block.agreement:.0%} (usually "
         f"{block.usual_agreement:.0%}), says {names[block.said]} of {block.said_share:.0%}"
-        + ("" if not block.alike else f"; so are the clean inputs {', '.join(block.alike)}")
+        + ("" if not block.alike else f"; clean inputs cohere, too: {', '.join(block.alike)}")
     )
 
 

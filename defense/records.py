@@ -324,11 +324,13 @@ class Flags:
 
     @property
     def verdict(self) -> str:
-        """``poison found`` if any row is flagged, ``poison suspected`` if something hints at it."""
+        """What is worst: flagged rows, a hint at some, affected inputs that were not judged."""
         if self.mask.any():
             return "poison found"
-        untold = any(incident.untold for incident in self.incidents)
-        return "poison suspected" if untold else "nothing found"
+        if any(incident.untold for incident in self.incidents):
+            return "poison suspected"
+        unknown = any(one.affected and one.p_value is None for one in self.incidents)
+        return "not measured" if unknown else "nothing found"
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ class BlockQuality(Part):
         label: The label they carry.
         num_rows: How many they are.
         coherence: Median of their cosines with each other.
-        clean_coherence: Largest median cosine of a clean input of that label with them.
+        clean_coherence: Largest median cosine of a clean input of that label with them, but for
+            those in `alike`.
         agreement: Share to which a model that never saw them gives their label.
         usual_agreement: The same of other rows with that label.
         said: The label that it gives to most of them.
@@ -222,7 +223,8 @@ class AuditReport(Part):
             label.
         published: The published rule (Delta-Influence) against truth, for all rows and for the
             rows with the predicted label.
-        detector_verdict: ``poison found``, ``poison suspected`` or ``nothing found``.
+        detector_verdict: ``poison found``, ``poison suspected``, ``not measured`` or ``nothing
+            found``.
         incidents: What the affected inputs implicate, if the detector judges them.
         num_train: Training rows.
         num_flagged: Rows removed.

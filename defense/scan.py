@@ -48,7 +48,7 @@ class ScanSettings(Independence):
     """
 
     num_controls: int = Field(500, ge=FEWEST)
-    contaminated: float = Field(0.0, ge=0, lt=1)
+    contaminated: float = Field(0.0, ge=0, le=0.1)
     attempts: int = Field(3, gt=0)
     candidates: int = Field(4096, gt=0)
     smallest: int = Field(16, gt=1)

@@ -39,8 +39,8 @@ from defense.records import ImageSet
 from defense.scan import Scanner, ScanSettings
 from defense.storage import blinded, load_factors, load_images, load_weights, save_images, save_scan
 
-UNFINISHED = "unfinished"  # folder of checkpoints
-RESULTS = ("affected", "scan")  # folders of what was found
+UNFINISHED = ".unfinished"  # folder of checkpoints
+RESULTS = ("scan", "affected")  # folders of what was found
 ROLES = ("poisoned_train", "test", "suspect", "factors", "directions")
 
 
@@ -129,13 +129,15 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
     if images is None:
         scan = subject.scanner.rows(subject.seed)
         doubts = doubt_labels(subject.model, subject.train, subject.directions, subject.seed)
-        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
     else:
         predicted = predict(subject.model, images, label="inputs")
         scan = subject.scanner.inputs(images, predicted, subject.seed)
-        hand_over(scan, images, predicted, subject, out)
-    save_scan(out / "scan", scan, inputs=subject.origin)
+    save_scan(out / "scan", scan, inputs=subject.origin)  # first: by it the folder is known
     publish(scan, subject.train, out)
+    if images is None:
+        write_text(out / "labels.csv", labels_csv(subject.train, doubts))
+    else:
+        hand_over(scan, images, predicted, subject, out)
     shutil.rmtree(scratch, ignore_errors=True)
     lines = [block_title(block, subject.train) for block in scan.blocks]
     classes = range(subject.train.num_classes)
@@ -167,29 +169,37 @@ def refuse_to_replace(out: Path, *kept: Path) -> None:
     """Refuse a folder to write to in which something would be replaced that is no scan's.
 
     Raises:
-        DefenseError: It has a folder of that name, or has to do with a folder that is read.
+        DefenseError: It has files of these names, is one of a pipeline's artefacts, or has to do
+            with a folder that is read.
     """
     here = out.resolve()
     for folder in (path.resolve() for path in kept):
-        if here.is_relative_to(folder) or folder.is_relative_to(here / "affected"):
+        inside = any(folder.is_relative_to(here / name) for name in RESULTS)
+        if inside or here.is_relative_to(folder):
             raise DefenseError(
                 f"--out {out} would replace what {folder} holds: name another folder"
             )
-    for name in RESULTS:
-        if (out / name).exists() and not (out / name / "manifest.json").is_file():
-            raise DefenseError(
-                f"expected what an earlier scan left in {out / name}, got something else: move "
-                "it, or name another folder with --out"
-            )
+    ours = (out / "scan" / "manifest.json").is_file() and not (out / "suspect").exists()
+    if (found := leftovers(out)) and not ours:
+        raise DefenseError(
+            f"expected a new folder to write to, or one of an earlier scan, but {found[0]} is no "
+            "scan's: move it, or name another folder with --out"
+        )
+
+
+def leftovers(out: Path) -> list[Path]:
+    """List what an earlier scan left."""
+    names = (*RESULTS, "scan.json", "blocks.csv", "labels.csv")
+    return [*(out / name for name in names if (out / name).exists()), *out.glob("block_*.png")]
 
 
 def clear(out: Path) -> None:
     """Remove what an earlier scan left, so that nothing stands beside an answer it is not of."""
-    for name in RESULTS:
-        shutil.rmtree(out / name, ignore_errors=True)
-    files = (out / name for name in ("scan.json", "blocks.csv", "labels.csv"))
-    for file in (*out.glob("block_*.png"), *files):
-        file.unlink(missing_ok=True)
+    for path in reversed(leftovers(out)):  # the scan itself, by which the folder is known, last
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read_inputs(path: Path, train: ImageSet) -> ImageSet:
@@ -295,9 +305,9 @@ def blocks_csv(scan: Scan, train: ImageSet) -> str:
     """List the rows of every block as CSV."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["block", "suspected", "row", "id", "label"])
+    table.writerow(["block", "judged", "row", "id", "label"])
     for number, block in enumerate(scan.blocks):
         for row in np.flatnonzero(block.rows):
             label = train.class_names[block.label]
-            table.writerow([number, block.suspected, row, cell(train.ids[row]), cell(label)])
+            table.writerow([number, block.judged, row, cell(train.ids[row]), cell(label)])
     return text.getvalue()

@@ -124,13 +124,12 @@ def _labels(case: Case) -> NDArray[np.int64]:
 
 def _looked_at(search: Search, case: Case, label: int, found: Evidence) -> list[Incident]:
     """List the incidents of a label, the class as a whole last; adds to what was found."""
-    incidents = []
-    for incident, evidence in _incidents(search, case, label):
-        incidents.append(incident)
+    judged = [*_incidents(search, case, label)]  # all of them, or none
+    for _, evidence in judged:
         found.add(evidence)
     incident, evidence = _of_class(search, label, found.suspicion > 0)
     found.add(evidence)
-    return [*incidents, incident]
+    return [*(incident for incident, _ in judged), incident]
 
 
 def _unmeasured(settings: Coherence, case: Case, label: int) -> Incident:
@@ -219,8 +218,8 @@ def _incident(
     """Sum up what was found for some affected inputs, one block after the other."""
     first, settings = seen[0], search.settings
     found = [sighting.finding for sighting in seen if sighting.found(settings.alarm)]
-    parts = [finding.expected_false for finding in found or [first.finding]]
-    mean, low, high = np.sum(parts, axis=0).tolist()
+    parts = found or [first.finding]
+    mean, low, high = np.sum([finding.expected_false for finding in parts], axis=0).tolist()
     return Incident(
         affected=affected,
         label=label,
@@ -231,7 +230,7 @@ def _incident(
         expected_false=(mean, low, high),
         p_value_left=seen[-1].p_value if found and not seen[-1].found(settings.alarm) else None,
         untold=seen[-1].hidden(settings.alarm),
-        alike=search.alike(label, first.finding),
+        alike=tuple(sorted({name for part in parts for name in search.alike(label, part)})),
     )
 
 

@@ -49,7 +49,7 @@ class Coherence(Method):
     false_discovery_rate: float = Field(0.05, gt=0, lt=1)
     alarm: float = Field(0.01, gt=0, lt=1)
     num_controls: int = Field(1000, ge=FEWEST)
-    contaminated: float = Field(0.01, ge=0, lt=1)
+    contaminated: float = Field(0.01, ge=0, le=0.1)
     seeds: int = Field(16, gt=1)
     rounds: int = Field(5, gt=0)
     subpopulation: float | None = Field(0.05, gt=0, le=1)
@@ -255,9 +255,10 @@ class Search:
         fewest = math.ceil(1 / self.settings.alarm - 1e-9) - 1
         alike = finding.alike[finding.alike < len(bench.strengths)]
         found = [*bench.relative(np.delete(bench.strengths, alike))]
+        # One that is as strong by chance is not to decide alone.
+        wanted = max(fewest, REPLAYED - len(alike))
         for other in map(int, np.argsort(-self.clean.counts, kind="stable")):
-            # One that is as strong by chance is not to decide alone.
-            if len(found) >= max(fewest, REPLAYED):
+            if len(found) >= wanted:
                 break
             enough = (self.train.labels == other).sum() > 1
             lent = self.clean.of(other, self.settings.num_controls)

@@ -25,5 +25,6 @@ def run(params: Params, paths: Paths) -> str:
     save_doubts(paths.doubts, doubts, inputs=origin)
     rows = sum(int(block.rows.sum()) for block in scan.suspected)
     facts = {"num_blocks": len(scan.blocks), "num_suspected": len(scan.suspected), "rows": rows}
+    facts["num_unclear"] = sum(block.unclear for block in scan.blocks)
     write_json(paths.metrics("scan"), facts)
     return f"{scan.verdict}: {rows:,} rows in {len(scan.suspected)} of {len(scan.blocks)} blocks"

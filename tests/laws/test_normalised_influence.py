@@ -280,6 +280,7 @@ def test_an_input_that_cannot_be_judged_does_not_keep_others_from_it() -> None:
     told, _, unknown = flags.incidents
     assert (told.label, told.affected, told.p_value) == (1, (0,), pytest.approx(1 / 201))
     assert (unknown.label, unknown.affected, unknown.p_value) == (2, (1,), None)
+    assert replace(flags, threshold=np.inf, incidents=(unknown,)).verdict == "not measured"
     nobody = replace(lacking, controls=lacking.controls.where(lacking.controls.labels != 1))
     with pytest.raises(DataError, match="clean inputs of class b, got 0"):
         detect(nobody)
@@ -298,8 +299,21 @@ def test_an_attack_that_reached_clean_inputs_is_found_and_these_are_named(count:
     flags = detect(replace(case, directions=directions))
     incident = of_inputs(flags)
     assert flags.mask[BLOCK].mean() > 0.9
-    assert incident.p_value <= 0.01
+    assert incident.p_value == pytest.approx(1 / (incident.num_controls + 1))
+    assert incident.num_controls == 200 - count  # others do not lend for these
     assert {*incident.alike} == {*case.controls.ids[own].tolist()}
+
+
+def test_clean_inputs_that_another_attack_reached_are_named_with_it() -> None:
+    """The second block behind the first, found by leaving out the one that coheres with it."""
+    both = [unit(towards(0, 3) + 0.8 * towards(1, 4))]
+    case = case_of(vectors_with(BLOCK, OTHER), both, LABELS)
+    own = np.flatnonzero(case.controls.labels == 1)[[7]]
+    image = case.controls.images(own)[0].contiguous().numpy().tobytes()
+    known = case.directions.known | {image: towards(1, 70)}
+    flags = detect(replace(case, directions=replace(case.directions, known=known)))
+    assert flags.mask[np.union1d(BLOCK, OTHER)].mean() > 0.9
+    assert of_inputs(flags).alike == tuple(case.controls.ids[own].tolist())
 
 
 def test_controls_of_a_class_that_are_too_few_to_tell_are_joined_by_others() -> None:

@@ -120,6 +120,13 @@ def test_wrong_labels_among_right_ones_are_unclear() -> None:
     assert [block.judged for block in scan.blocks] == ["unclear"]
     assert scan.blocks[0].agreement > 0.5 * scan.blocks[0].usual_agreement
     assert (scan.verdict, scan.suspected) == ("unclear", ())
+    own = np.flatnonzero(LABELS == 1)
+    decoys = [own[60 + 17 * number : 77 + 17 * number] for number in range(15)]
+    scan = scanner_of(
+        vectors_with(BLOCK, *decoys), planted=mixed, skill=0.95, subpopulation=None
+    ).rows(0)  # harmless blocks beside it change nothing
+    assert [block.judged for block in scan.blocks if block.rows[BLOCK].any()] == ["unclear"]
+    assert len(scan.blocks) > 10
     scan = scanner_of(vectors_with(BLOCK), planted=mixed, skill=0.95, subpopulation=0.05).rows(0)
     assert scan.verdict == "poison suspected"  # by what clean inputs of the class lack
 
@@ -142,7 +149,6 @@ def test_labels_are_contradicted_by_few_enough_and_by_the_test() -> None:
     assert not agreement((27, 100), (50, 100)).contradicted(0.01)  # more than half as many
     assert agreement((27, 100), (50, 100)).unclear(0.01)
     assert not agreement((27, 100), (50, 100)).unclear(0.0005)
-    assert not agreement((3, 20), (50, 100)).unclear(0.01)  # worse than that
     assert not agreement((4, 16), (50, 100)).unclear(0.01)
     assert agreement((27, 100), (50, 100)).p_value(27) < 0.001
     assert not agreement((4, 16), (50, 100)).contradicted(0.01)  # this may be chance

@@ -65,7 +65,7 @@ def test_a_scan_finds_the_poison_without_an_incident(clone: Path, tmp_path: Path
     assert suspected["planted"]["value"] > 0.9
     assert suspected["planted"]["successes"] > 0.8 * 35  # of the poison
     listed = (tmp_path / "blocks.csv").read_text().splitlines()[1:]
-    assert sum(line.split(",")[1] == "True" for line in listed) == suspected["num_rows"]
+    assert sum(line.split(",")[1] == "suspected" for line in listed) == suspected["num_rows"]
     assert not (tmp_path / "unfinished").exists()
     doubted = (tmp_path / "labels.csv").read_text()
     assert doubted == (clone / "reports" / "labels.csv").read_text()
@@ -150,6 +150,10 @@ def test_what_could_not_be_judged_is_told_on_the_page(clone: Path) -> None:
     unknown = report.incidents[0].model_copy(update={"p_value": None, "num_flagged": 0})
     page = render(report.model_copy(update={"incidents": [unknown]}), pictures)
     assert "<strong>not investigated</strong>, for lack of clean inputs" in page
+    hit = report.incidents[0].model_copy(update={"alike": ["test/7.png"]})
+    page = render(report.model_copy(update={"incidents": [hit]}), pictures)
+    assert "Left out of the comparison" in page
+    assert "test/7.png: look for the trigger in them" in page
     unclear = report.blocks[0].model_copy(update={"suspected": False, "unclear": True})
     page = render(report.model_copy(update={"blocks": [unclear]}), pictures)
     assert "<strong>unclear</strong>: natural rows that are hard, or wrong labels" in page

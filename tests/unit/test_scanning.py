@@ -11,7 +11,7 @@ import pytest
 from defense.errors import ArtifactError, DataError, DefenseError
 from defense.evidence import FoundBlock, PointedInput, Scan
 from defense.scanning import clear, hand_over, left_out, read_inputs, scan_home
-from defense.storage import load_images, save_images
+from defense.storage import load_images, save_images, save_scan
 from tests.conftest import make_images
 from tests.unit.homes import exit_code
 
@@ -79,6 +79,7 @@ def test_a_scan_that_cannot_start_leaves_what_was_found(tmp_path: Path) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     save_images(tmp_path / "scan" / "affected", make_images(8, seed=2), inputs={})
     (tmp_path / "scan" / "scan.json").write_text("{}")
+    save_scan(tmp_path / "scan" / "scan", Scan((), (), 0.01))
     with pytest.raises(ArtifactError, match="expected an artefact at"):
         scan_home(tmp_path, None, tmp_path / "scan")
     assert load_images(tmp_path / "scan" / "affected")[0].ids.shape == (8,)
@@ -89,6 +90,7 @@ def test_a_scan_that_cannot_start_leaves_what_was_found(tmp_path: Path) -> None:
     ("out", "inputs"),
     [
         ("scan", "scan/affected"),
+        ("scan", "scan/scan/pictures"),
         ("artifacts", None),
         ("artifacts/more", None),
         ("week/scan", "week"),
@@ -101,12 +103,21 @@ def test_what_is_read_is_not_written_to(tmp_path: Path, out: str, inputs: str | 
         scan_home(tmp_path, None if inputs is None else tmp_path / inputs, tmp_path / out)
 
 
-@pytest.mark.parametrize("name", ["affected", "scan"])
-def test_a_folder_that_is_no_scans_is_not_replaced(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["affected", "scan", "labels.csv", "block_a.png"])
+def test_what_is_no_scans_is_not_replaced(tmp_path: Path, name: str) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "out" / name).mkdir(parents=True)
-    with pytest.raises(DefenseError, match="expected what an earlier scan left"):
+    with pytest.raises(DefenseError, match="expected a new folder to write to"):
         scan_home(tmp_path, None, tmp_path / "out")
+
+
+def test_artefacts_of_another_pipeline_are_not_replaced(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    other = tmp_path / "other" / "artifacts"
+    save_scan(other / "scan", Scan((), (), 0.01))
+    (other / "suspect").mkdir()
+    with pytest.raises(DefenseError, match="expected a new folder to write to"):
+        scan_home(tmp_path, None, other)
 
 
 @pytest.mark.parametrize(
