@@ -86,13 +86,14 @@ class Sketcher:
         first, start = 0, 0
         for name, weights in self.weights.items():
             ends = np.searchsorted(kept, (first, first + len(weights)))
-            places = torch.from_numpy(kept[slice(*ends)] - first).to(weights.device)
+            chosen = torch.from_numpy(kept[slice(*ends)] - first).to(weights.device)
+            places = slice(None) if len(chosen) == len(weights) else chosen  # all, without a copy
             generator = seeded(self.seed, f"signs:{name}")
             bits = torch.randint(2, weights.shape, generator=generator, dtype=torch.int8)
             signs = (2 * bits - 1).to(weights)[places]
             self.places[name], self.starts[name] = places, start
             self.scales[name] = weights[places].sqrt() * signs
-            first, start = first + len(weights), (start + len(places)) % self.size
+            first, start = first + len(weights), (start + len(chosen)) % self.size
 
     def strongest(self, images: ImageSet, batch_size: int) -> NDArray[np.int64]:
         """Find the coordinates with the most energy in the directions of some rows."""
