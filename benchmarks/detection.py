@@ -299,7 +299,7 @@ def main(names: tuple[str, ...], seeds: str, *, repair: bool, alone: bool, work:
 
 
 def measured(name: str, seed: int, work: Path, *, repair: bool, alone: bool = False) -> None:
-    """Measure a model, unless that has been done, and keep what was found in a file of its own.
+    """Measure of a model what has not been measured, and keep it in a file of its own.
 
     Raises:
         click.UsageError: Settings were chosen on the seed.
@@ -307,14 +307,18 @@ def measured(name: str, seed: int, work: Path, *, repair: bool, alone: bool = Fa
     if seed in CHOSEN:
         raise click.UsageError(f"settings were chosen on seeds {sorted(CHOSEN)}: give others")
     file = work / f"{name}-{seed}-v{VERSION}.json"
-    if file.exists():
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known and (not repair or "psr" not in known or "repair" in known):
         return
     scratch = work / "scratch" / f"{name}-{seed}"
     resumed = scratch.is_dir()
     suspect = make_suspect(name, seed, scratch)
-    facts = measure(suspect, repair=repair, alone=alone)
-    if resumed:  # its training says nothing of how long an epoch takes
-        facts["seconds"]["epoch"] = None
+    if known:
+        facts = known | {"repair": repaired(suspect)}
+    else:
+        facts = measure(suspect, repair=repair, alone=alone)
+        if resumed:  # its training says nothing of how long an epoch takes
+            facts["seconds"]["epoch"] = None
     write_json(file, facts)
     print(json.dumps({k: facts[k] for k in facts if k != "investigations"}), flush=True)
 

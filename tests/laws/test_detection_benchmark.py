@@ -1,11 +1,12 @@
 """The detection benchmark on a toy: everything that has a table is measured."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import suspects
-from benchmarks.detection import measure
+from benchmarks.detection import measured
 from benchmarks.detection_page import page
 from defense.attacks.badnets import BadNets
 from defense.datasets.digits import Digits
@@ -30,11 +31,15 @@ def test_all_tables_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     world = suspects.World(Digits(), recipe, SmallCnn())
     monkeypatch.setitem(suspects.ATTACKS, "badnets_1", (world, (attack,)))
     monkeypatch.setitem(suspects.FLIPS, "badnets_1", 0.03)
-    suspect = suspects.make_suspect("badnets_1", 7, tmp_path)
-    assert suspect.flipped.sum() == 43
-    facts = measure(suspect, repair=True, alone=True)
+    measured("badnets_1", 7, tmp_path, repair=False, alone=True)
+    (file,) = tmp_path.glob("*.json")
+    before = json.loads(file.read_text())
+    assert "repair" not in before
+    measured("badnets_1", 7, tmp_path, repair=True)
+    facts = json.loads(file.read_text())
+    assert {key: facts[key] for key in before} == before
     assert facts["labels"]["doubt"] > 0.3  # 0.03 by chance
     assert facts["psr"][0] > 0.8
     assert facts["scan"]["tpr"] is not None
-    text = page({"badnets_1-7-v2": facts})
+    text = page({file.stem: facts})
     assert [title for title in TABLES if f"### {title}\n" in text] == [*TABLES]
