@@ -175,6 +175,17 @@ def test_rate_is_wilson() -> None:
     assert Rate.of(0, 0).value is None
 
 
+@pytest.mark.parametrize(("images", "passed"), [(1, False), (72, False), (73, True)])
+def test_few_images_do_not_vouch_for_all_if_the_policy_asks(
+    tmp_path: Path, images: int, passed: bool
+) -> None:
+    report = read_report(make_home(tmp_path) / "reports" / "audit.json")
+    after = report.after.model_copy(update={"psr": Rate.of(0, images)})
+    report = report.model_copy(update={"after": after})
+    assert judge(report, "0" * 64, Policy()).passed
+    assert judge(report, "0" * 64, Policy(max_psr_high=0.05)).passed is passed
+
+
 @pytest.mark.parametrize(
     ("check", "after", "policy"),
     [
@@ -182,6 +193,7 @@ def test_rate_is_wilson() -> None:
         ("accuracy_drop", {"clean_accuracy": Rate.of(92, 100)}, {}),
         ("clean_accuracy", {}, {"min_clean_accuracy": 0.95}),
         ("affected_fooled", {"affected_fooled": Rate.of(1, 3)}, {}),
+        ("psr_high", {"psr": Rate.of(0, 1)}, {"max_psr_high": 0.05}),
         ("open_blocks", {}, {}),
     ],
 )
