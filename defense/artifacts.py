@@ -6,12 +6,14 @@ noticed by the next stage, and a verdict can be followed back to the training by
 neither torch nor numpy, so that the gate can verify evidence in milliseconds.
 """
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +119,9 @@ def write_artifact(
         The digest of the new artefact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in path.parent.glob(f".{path.name}.*/"):  # folders; scan.json leaves a file
+    for left_by_a_kill in _abandoned(path):
         shutil.rmtree(left_by_a_kill)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}."))
     try:
         for name, write in files.items():
             write(work / name)
@@ -138,12 +140,38 @@ def write_artifact(
     return sha256_file(path / MANIFEST)
 
 
+def _abandoned(path: Path) -> Iterator[Path]:
+    """Yield unfinished folders of an artefact whose writers are gone, or were this process."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*/"):
+        writer = re.fullmatch(r"(\d+)\.\w{8}(\.old)?", folder.name[len(path.name) + 2 :])
+        if writer and not _is_other(int(writer[1])):
+            yield folder
+
+
+def _is_other(process: int) -> bool:
+    """Tell whether another process of this number runs."""
+    if process == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # it is somebody else's
+    return True
+
+
 def _swap(new: Path, path: Path) -> None:
     """Put the folder `new` at `path`; the old one is kept until the new one stands."""
     old = new.with_name(new.name + ".old")
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

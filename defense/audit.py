@@ -26,6 +26,7 @@ from defense.report import (
     Evidence,
     IncidentQuality,
     ModelQuality,
+    drop,
 )
 from defense.storage import blinded
 
@@ -97,10 +98,10 @@ def measure(exhibits: Exhibits, model: nn.Module, label: str) -> ModelQuality:
 
 def is_success(before: ModelQuality, after: ModelQuality, settings: AuditSettings) -> bool:
     """Tell whether the poison is gone and accuracy kept; what was not measured fails."""
-    psr, was, now = after.psr.value, before.clean_accuracy.value, after.clean_accuracy.value
-    if psr is None or was is None or now is None:
+    psr, lost = after.psr.value, drop(before.clean_accuracy, after.clean_accuracy)
+    if psr is None or lost is None:
         return False
-    return psr < settings.psr_bound and was - now <= settings.accuracy_drop_bound
+    return psr < settings.psr_bound and lost <= settings.accuracy_drop_bound
 
 
 def audit(
@@ -157,10 +158,11 @@ def emptied_classes(train: ImageSet, flags: Flags) -> list[str]:
 
 def _affected(exhibits: Exhibits) -> list[Affected]:
     names, inputs = exhibits.train.class_names, exhibits.affected
-    true = dict(zip(exhibits.probe.ids, exhibits.truth.probe_labels, strict=True))
+    classes = (names[label] for label in exhibits.truth.probe_labels)
+    true = dict(zip(exhibits.probe.ids.tolist(), classes, strict=True))
     return [
-        Affected(id=str(name), predicted=names[label], true=names[true[name]])
-        for name, label in zip(inputs.ids, inputs.labels, strict=True)
+        Affected(id=name, predicted=names[label], true=true.get(name))
+        for name, label in zip(inputs.ids.tolist(), inputs.labels, strict=True)
     ]
 
 

@@ -110,7 +110,7 @@ class FoundBlock:
             those in `alike`.
         expected_false: See `Incident`.
         agreement: Share of them to which a model that never saw them gives their label.
-        usual_agreement: The same of other rows with the label that it never saw.
+        usual_agreement: The same of other rows with the label that it never saw; None without any.
         num_held_out: Those other rows.
         said: The label that it gives to most of them.
         said_share: The share that is.
@@ -129,7 +129,7 @@ class FoundBlock:
     clean_coherence: float
     expected_false: tuple[float, float, float]
     agreement: float
-    usual_agreement: float
+    usual_agreement: float | None
     num_held_out: int
     said: int
     said_share: float

@@ -223,7 +223,7 @@ class Hearing:
             clean_coherence=float(block.finding.null.max()),
             expected_false=block.finding.expected_false,
             agreement=float(found.own.mean()),
-            usual_agreement=found.base,
+            usual_agreement=found.base if len(found.usual) else None,
             num_held_out=len(found.usual),
             said=int(votes.argmax()),
             said_share=float(votes.max() / len(found.own)),

@@ -57,11 +57,12 @@ def doubtful(doubts: LabelDoubts, train: ImageSet) -> bytes:
 def block_title(block: FoundBlock, train: ImageSet) -> str:
     """Say in one line what a block is."""
     names = train.class_names
+    usual = "unknown" if block.usual_agreement is None else f"{block.usual_agreement:.0%}"
     lack = "" if not block.lacking else " have in common what clean inputs lack"
     return (
         f"{block.judged}: {block.rows.sum():,} rows labelled {names[block.label]}{lack}; a model "
         f"that never saw them agrees with {block.agreement:.0%} (usually "
-        f"{block.usual_agreement:.0%}), says {names[block.said]} of {block.said_share:.0%}"
+        f"{usual}), says {names[block.said]} of {block.said_share:.0%}"
         + ("" if not block.alike else f"; clean inputs cohere, too: {', '.join(block.alike)}")
     )
 
@@ -121,7 +122,7 @@ def _affected(affected: ImageSet, report: AuditReport) -> bytes:
     figure, axes = _grid(shown, "Affected input: predicted / true class")
     for place in range(shown):
         entry = report.affected[place]
-        title = f"{entry.predicted} / {entry.true}"
+        title = f"{entry.predicted} / {entry.true or 'unknown'}"
         _show(axes[place], affected.uint8(slice(place, place + 1))[0], title, BAD)
     return _png(figure)
 
@@ -202,7 +203,8 @@ def _before_after(report: AuditReport) -> bytes:
         error = np.abs(ends - values)
         places = np.arange(len(names)) + offset
         bars = axes.bar(places, values, 0.38, yerr=error, capsize=3, color=colour, label=label)
-        axes.bar_label(bars, [f"{value:.1%}" for value in values], fontsize=8, padding=2)
+        shares = ["not measured" if rate.value is None else f"{rate.value:.1%}" for rate in rates]
+        axes.bar_label(bars, shares, fontsize=8, padding=2)
     axes.set_xticks(np.arange(len(names)), list(names.values()))
     axes.set(ylim=(0, 1.15), ylabel="share, with 95 % interval")
     axes.legend(fontsize=8, loc="upper center", ncols=2)

@@ -1,5 +1,6 @@
 """What a trained model says of images: logits, classes, penultimate features."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,9 @@ PREDICT_BATCH = 64  # more do not stay in the cache: 500 take twice as long on a
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model on the device, repeatable and in eval mode without gradients; undo it after."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
+    state = itertools.chain(model.parameters(), model.buffers())
+    home = next((tensor.device for tensor in state), torch.device("cpu"))
     required = [parameter.requires_grad for parameter in model.parameters()]
     try:
         with repeatable():
@@ -25,7 +28,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter, wanted in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(wanted)
-        model.cpu().train(training)
+        for module, mode in modes:
+            module.training = mode
+        model.to(home)
 
 
 @torch.no_grad()

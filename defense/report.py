@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class BlockQuality(Part):
         clean_coherence: Largest median cosine of a clean input of that label with them, but for
             those in `alike`.
         agreement: Share to which a model that never saw them gives their label.
-        usual_agreement: The same of other rows with that label.
+        usual_agreement: The same of other rows with that label; None if none was held out.
         said: The label that it gives to most of them.
         p_value: Chance of so little agreement, were they rows like those others.
         suspected: Whether they seem to be planted.
@@ -152,7 +153,7 @@ class BlockQuality(Part):
     coherence: float
     clean_coherence: float
     agreement: float
-    usual_agreement: float
+    usual_agreement: float | None
     said: str
     p_value: float
     suspected: bool
@@ -197,11 +198,11 @@ class ConfirmationCurve(Part):
 
 
 class Affected(Part):
-    """An affected input: its id, the label the suspect model gave, its true class."""
+    """An affected input: its id, the label the suspect model gave, its true class if known."""
 
     id: str
     predicted: str
-    true: str
+    true: str | None
 
 
 class Evidence(Part):
@@ -281,8 +282,15 @@ class AuditReport(Part):
     @property
     def accuracy_drop(self) -> float | None:
         """Clean accuracy before minus after; None if it was not measured."""
-        before, after = self.before.clean_accuracy.value, self.after.clean_accuracy.value
-        return None if before is None or after is None else before - after
+        return drop(self.before.clean_accuracy, self.after.clean_accuracy)
+
+
+def drop(before: Rate, after: Rate) -> float | None:
+    """Subtract a rate from an earlier one, rounded once, so that bounds on it are inclusive."""
+    if before.value is None or after.value is None:
+        return None
+    parts = (Fraction(rate.successes, rate.total) for rate in (before, after))
+    return float(next(parts) - next(parts))
 
 
 def headline(report: AuditReport) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from scipy.stats import false_discovery_control
 from defense.compute import progress
 from defense.detectors.coherence import Block, Reals, leading, medians
 from defense.detectors.controls import exceedance
-from defense.detectors.search import FEWEST, Bench, CleanInputs, Search, starts_of
+from defense.detectors.search import BATCH, FEWEST, Bench, CleanInputs, Search, starts_of
 from defense.detectors.subpopulation import Subpopulation, subpopulation
 from defense.errors import DataError
 from defense.evidence import Directions, PointedInput, Scan
@@ -113,7 +113,10 @@ class Scanner:
         found, pointed = Found(), list[PointedInput]()
         for label in self._classes(np.unique(predicted).tolist(), found):
             bench, places = self.search.bench(label), np.flatnonzero(predicted == label)
-            starts = starts_of(bench.rows, images.images(places), label)
+            parts = np.split(places, range(BATCH, len(places), BATCH))
+            starts = np.concatenate(
+                [starts_of(bench.rows, images.images(part), label) for part in parts]
+            )
             first = len(found.blocks)
             kinds = self._pointing(bench, starts), self._dense(label, seed)
             for number, block in enumerate(self._look(label, found, *kinds), first):

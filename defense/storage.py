@@ -227,14 +227,14 @@ def save_flags(path: Path, flags: Flags, *, inputs: Inputs) -> str:
 def load_flags(path: Path) -> tuple[Flags, Manifest]:
     """Load a detector's answer."""
     manifest = open_artifact(path, "flags")
-    p_values = path / "p_values.npy"
+    sealed = "p_values.npy" in manifest.files
     flags = Flags(
         read_array(path / "suspicion.npy"),
         manifest.fact("threshold"),
         read_array(path / "candidates.npy"),
         read_array(path / "predicted_label.npy"),
         tuple(incident_of(facts) for facts in manifest.fact("incidents")),
-        read_array(p_values) if p_values.is_file() else None,
+        read_array(path / "p_values.npy") if sealed else None,
     )
     return flags, manifest
 

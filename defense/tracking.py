@@ -128,9 +128,13 @@ def _summary(recorded: Recorded) -> dict[str, float]:
     figures = {f"before.{name}": value for name, value in _rates(report.before).items()}
     figures |= {f"after.{name}": value for name, value in _rates(report.after).items()}
     for entry in report.detection:
-        figures[f"detection.{entry.rows}.average_precision"] = entry.average_precision
-        figures[f"detection.{entry.rows}.tpr"] = entry.tpr.value or 0.0
-        figures[f"detection.{entry.rows}.precision"] = entry.precision.value or 0.0
+        shares = {"tpr": entry.tpr.value, "precision": entry.precision.value}
+        shares["average_precision"] = entry.average_precision
+        figures |= {
+            f"detection.{entry.rows}.{name}": share
+            for name, share in shares.items()
+            if share is not None
+        }
     return figures | {"num_flagged": report.num_flagged, "gate.passed": float(recorded.passed)}
 
 

@@ -1,5 +1,6 @@
-"""Networks of a user that cannot be used, for the factory."""
+"""Networks of a user for the factory, most of which cannot be used."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,6 +30,18 @@ class Pair(nn.Sequential):
         return x, x
 
 
+class Positioned(nn.Module):
+    """Adds a parameter of its own to every pixel, which has no EK-FAC factors."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(64))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1) + self.places)
+
+
 def layerless(num_classes: int) -> nn.Module:
     return Layerless(num_classes)
 
@@ -39,6 +52,10 @@ def broken(num_classes: int) -> nn.Module:
 
 def pair(num_classes: int) -> nn.Module:
     return Pair(nn.Linear(64, num_classes))
+
+
+def positioned(num_classes: int) -> nn.Module:
+    return Positioned(num_classes)
 
 
 def narrow(num_classes: int) -> nn.Module:

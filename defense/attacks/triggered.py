@@ -13,7 +13,13 @@ from defense.contracts import Attack, Surrogate
 from defense.errors import DataError
 from defense.records import ImageSet, PoisonedSplit, Split, image_set
 
+STAMPED = 256  # images at a time
 Stamp = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+def parts(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Cut rows into parts that are stamped together, in memory."""
+    return np.split(rows, range(STAMPED, len(rows), STAMPED))
 
 
 class TriggerAttack(Attack):
@@ -63,12 +69,16 @@ class TriggerAttack(Attack):
         chosen = choose(self.carriers(train), self.poison_fraction, len(train), generator)
         stamp = self.trigger(train, generator, surrogate)
         pixels, labels = copy_pixels(train), train.labels.copy()
-        pixels[chosen] = stamp(pixels[chosen])
+        for rows in parts(chosen):
+            pixels[rows] = stamp(pixels[rows])
         labels[chosen] = target
         dirty = image_set(pixels, labels, train.ids, train.class_names)
         clean = test.take(victims)
         wanted = np.full(len(victims), target, dtype=np.int64)
-        probe = image_set(stamp(clean.uint8()), wanted, clean.ids, test.class_names)
+        triggered = copy_pixels(clean)
+        for rows in parts(np.arange(len(clean))):
+            triggered[rows] = stamp(triggered[rows])
+        probe = image_set(triggered, wanted, clean.ids, test.class_names)
         untouched = np.zeros(len(test), dtype=np.bool_)
         return PoisonedSplit(
             dirty, probe, truth_of(train, chosen, target, clean.labels, victims=untouched)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.stats import rankdata
 
 from defense.detectors.affected import ScoreDetector
@@ -29,6 +29,12 @@ class InfluenceThreshold(ScoreDetector):
     threshold: float = 0.0
     share: float | None = Field(None, gt=0, lt=1)
     several: Literal["mean", "boosted"] = "mean"
+
+    @model_validator(mode="after")
+    def _require_several(self) -> "InfluenceThreshold":
+        if self.affected_tolerance and self.several == "mean":
+            raise ValueError("affected_tolerance has no meaning for a mean: set several to boosted")
+        return self
 
     @property
     def limit(self) -> float:

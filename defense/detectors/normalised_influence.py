@@ -72,7 +72,7 @@ class NormalisedInfluence(RowDetector, Coherence):
             search.forget(label)
         if len(refused) == len(labels):
             raise refused[0]
-        lowest = np.nanmin(found.suspicion)
+        lowest = np.minimum(np.nanmin(found.suspicion), 0)  # of rows that nothing was asked about
         suspicion = np.where(np.isnan(found.suspicion), lowest, found.suspicion)
         flags = self.flags(case, suspicion, 0.0)
         p_values = np.where(flags.mask, found.p_values, np.nan)

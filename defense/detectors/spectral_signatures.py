@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.linalg import svd
 
 from defense.detectors.candidates import RowDetector
@@ -14,6 +14,8 @@ from defense.prediction import features
 from defense.records import Case, Flags
 
 Array = NDArray[np.float32]
+TRAN = "expected_fraction", "centred"  # settings of the variants
+PAPER = "spectral_threshold", "contribution_threshold", "share"
 
 
 class SpectralSignatures(RowDetector):
@@ -43,6 +45,15 @@ class SpectralSignatures(RowDetector):
     spectral_threshold: float = Field(7.0, ge=0)
     contribution_threshold: float = Field(7.0, ge=0)
     share: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _require_own(self) -> "SpectralSignatures":
+        fields = type(self).model_fields
+        others = PAPER if self.variant == "tran" else TRAN
+        unused = [name for name in others if getattr(self, name) != fields[name].default]
+        if unused:
+            raise ValueError(f"variant {self.variant} has no use for {', '.join(unused)}")
+        return self
 
     def detect(self, case: Case, generator: torch.Generator, scratch: Path | None = None) -> Flags:
         """See `Detector.detect`; with ``tran`` suspicion is in units of the class's cut."""

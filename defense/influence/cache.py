@@ -24,6 +24,7 @@ from defense.influence.factors import FactorSettings, fit_factors
 from defense.influence.products import provenance
 from defense.influence.scores import Influence, ScoreSettings, compute_influence
 from defense.influence.task import CLASSIFICATION, Task
+from defense.influence.weighing import drawn
 from defense.records import Factors, ImageSet, Queries
 from defense.storage import array, load_factors, read_array, save_factors
 
@@ -62,7 +63,7 @@ def cached_factors(
             kept = fit_factors(model, images, settings, generator, task, scratch=scratch)
             save_factors(place, kept, inputs={})
     else:
-        torch.rand(len(images), generator=generator)
+        drawn(images, settings.max_rows, generator)
     return kept
 
 

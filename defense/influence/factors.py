@@ -26,7 +26,7 @@ from defense.influence.network import Network
 from defense.influence.orders import cheapest_squares
 from defense.influence.products import Workspace, heavy_dtype, provenance
 from defense.influence.task import CLASSIFICATION, Task, cotangents
-from defense.influence.weighing import drawn_by_weight, heaviest, nudged, squared
+from defense.influence.weighing import drawn, drawn_by_weight, heaviest, nudged, squared
 from defense.method import Method
 from defense.records import Factors, ImageSet, LayerFactors, Tier
 
@@ -102,15 +102,12 @@ def fit_factors(
     """
     if not len(images):
         raise DataError("expected rows to fit the factors on, got none")
-    if settings.max_rows is not None:
-        drawn = torch.randperm(len(images), generator=generator)[: settings.max_rows]
-        images = images.take(drawn.sort().values.numpy())
+    images, draws = drawn(images, settings.max_rows, generator)
     network = Network(model, settings.exclude)
     require_faithful(network, images)
     memory = Memory(settings.batch_size, settings.memory_limit)
     forecast = forecast_factors(network, images, settings.tier, memory)
     logger.info("%s", forecast)
-    draws = torch.rand(len(images), generator=generator)
     origin = digest_of_model(model)
     fit = _Fit(model, network, images, settings, draws, task, forecast.batch_size)
     fit.resume(Checkpoint.at(scratch, fit.key(origin)))

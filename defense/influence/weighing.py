@@ -1,4 +1,4 @@
-"""Which rows the factors of the fast tier need: those whose drawn labels surprise the model."""
+"""Which rows factors are fitted on; the fast tier needs those whose labels surprise the model."""
 
 import numpy as np
 import torch
@@ -6,8 +6,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from defense.compute import seeded
+from defense.records import ImageSet
 
 ODDS = 0.5  # log-odds by which draws are nudged; see `nudged`
+
+
+def drawn(
+    images: ImageSet, most: int | None, generator: torch.Generator
+) -> tuple[ImageSet, Tensor]:
+    """Draw the rows that factors are fitted on, and for each a number that decides its label.
+
+    Args:
+        images: The training set.
+        most: Rows at most; None takes all.
+        generator: The only source of randomness.
+
+    Returns:
+        The rows, and as many numbers in [0, 1).
+    """
+    if most is not None:
+        chosen = torch.randperm(len(images), generator=generator)[:most]
+        images = images.take(chosen.sort().values.numpy())
+    return images, torch.rand(len(images), generator=generator)
 
 
 def nudged(draws: Tensor) -> list[Tensor]:

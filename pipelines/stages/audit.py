@@ -1,5 +1,6 @@
 """Measure before and after, draw the pictures and write the report."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,6 +138,7 @@ def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:
     if exhibits.doubts is not None:
         pictures["doubtful.png"] = doubtful(exhibits.doubts, train)
         write_text(paths.reports / "labels.csv", labels_csv(train, exhibits.doubts))
+    shutil.rmtree(paths.plots, ignore_errors=True)  # an earlier run may have drawn others
     for name, png in pictures.items():
         write_bytes(paths.plots / name, png)
     write_json(paths.reports / "audit.json", report.model_dump(mode="json"))

@@ -7,6 +7,7 @@ from defense.artifacts import write_json
 from defense.compute import seeded
 from defense.errors import DataError
 from defense.influence.layers import find_layers
+from defense.models.assemble import build_model
 from defense.prediction import predict
 from defense.records import ImageSet
 from defense.storage import load_images, save_images, save_model
@@ -19,7 +20,7 @@ def run(params: Params, paths: Paths) -> str:
     """Write the suspect model and the affected inputs."""
     train, manifest = load_images(paths.poisoned_train)
     probe, probe_manifest = load_images(paths.probe)
-    find_layers(params.model.build(train.shape, train.num_classes))  # refuse before training
+    refuse_early(params, train)
     trainer = make_trainer(
         params.model,
         params.train,
@@ -40,6 +41,16 @@ def run(params: Params, paths: Paths) -> str:
     write_json(paths.metrics("train"), cost | {"success": fooled / len(probe)})
     names = ", ".join(affected.ids[:3]) + (", ..." if len(affected) > 3 else "")
     return f"{fooled:,} of {len(probe):,} triggered images fool the model; affected input: {names}"
+
+
+def refuse_early(params: Params, train: ImageSet) -> None:
+    """Refuse before the training what the stage `factors` would refuse after it.
+
+    Raises:
+        UnsupportedLayerError: See `find_layers`.
+    """
+    untrained = build_model(params.model, train.shape, train.num_classes, seeded(0, "refused"))
+    find_layers(untrained, params.factors.exclude)
 
 
 def choose_affected(

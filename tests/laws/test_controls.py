@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from scipy.stats import betabinom, false_discovery_control
+from scipy.stats import betabinom, false_discovery_control, genpareto
 
 from defense.detectors.coherence import Block, Rows
 from defense.detectors.controls import Controls, exceedance, local_rates
@@ -50,6 +50,26 @@ def test_chances_are_those_of_the_distribution(draw: str, count: int) -> None:
         value = np.array([large[int((1 - chance) * len(large))]])
         found = np.mean([exceedance(sample(size=count), value)[0] for _ in range(200)])
         assert chance / 2 < found < 4 * chance, chance  # tails lighter than exponential: careful
+
+
+def test_a_small_sample_has_an_exponential_tail() -> None:
+    """Of 36 controls seven are in the tail, too few to tell its shape."""
+    null = np.random.default_rng(3).standard_t(2, size=36)
+    limit = np.quantile(null, 0.8)
+    beyond = null[null > limit] - limit
+    far = np.array([0.5, 3.0, 20.0]) * beyond.mean()
+    expected = (1 + len(beyond)) / 37 * np.exp(-far / beyond.mean())
+    np.testing.assert_allclose(exceedance(null, limit + far), expected, rtol=1e-6)
+
+
+def test_no_tail_is_heavier_than_one_with_a_variance() -> None:
+    null = np.random.default_rng(3).pareto(0.4, size=1000)  # it has no mean either
+    limit = np.quantile(null, 0.8)
+    beyond = null[null > limit] - limit
+    far = np.array([10.0, 1000.0]) * beyond.mean()
+    tail = genpareto(0.5, scale=beyond.mean() / 2)
+    expected = (1 + len(beyond)) / 1001 * tail.sf(far)
+    np.testing.assert_allclose(exceedance(null, limit + far), expected, rtol=1e-5)
 
 
 def test_chances_fall_with_the_value_and_are_never_nothing() -> None:

@@ -286,6 +286,17 @@ def test_an_input_that_cannot_be_judged_does_not_keep_others_from_it() -> None:
         detect(nobody)
 
 
+def test_rows_of_a_label_that_cannot_be_judged_are_not_flagged() -> None:
+    """Even where all rows of the label that was judged are."""
+    labels = np.where(np.arange(SIZE) % 2, 2, 3)
+    labels[BLOCK] = 1
+    case = case_of(vectors_with(BLOCK), [towards(0, 3), towards(0, 5)], labels)
+    case = replace(case, queries=replace(case.queries, labels=torch.tensor([1, 2])))
+    flags = detect(replace(case, controls=case.controls.where(case.controls.labels != 2)))
+    assert flags.candidates[labels == 2].all()
+    np.testing.assert_array_equal(np.flatnonzero(flags.mask), BLOCK)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_an_attack_that_reached_clean_inputs_is_found_and_these_are_named(count: int) -> None:
     """One in a hundred of them; each would be the most coherent clean input there is."""

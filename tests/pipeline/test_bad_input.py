@@ -96,6 +96,16 @@ def test_parameters(home: Path, kind: str) -> None:
     refuse(home, name, message)
 
 
+def test_what_the_message_says_to_exclude_is_enough(home: Path) -> None:
+    model = {"name": "factory", "factory": "tests.networks:positioned"}
+    set_params(home, lambda params: params.update(model=model))
+    refuse(home, "train", "add to factors.exclude: [network.places]")
+    set_params(home, lambda params: params["factors"].update(exclude=["network.places"]))
+    for name in ("train", "factors", "directions"):
+        done = stage(home, name)
+        assert done.returncode == 0, done.stderr
+
+
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file anew; DVC may have linked the old one."""
     path.unlink()

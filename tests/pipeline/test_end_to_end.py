@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from defense.html import render
 from defense.lineage import verify_lineage
 from defense.report import read_report
+from defense.scanning import UNFINISHED
 from tests.pipeline.conftest import run, set_params, stage
 
 
@@ -66,7 +68,7 @@ def test_a_scan_finds_the_poison_without_an_incident(clone: Path, tmp_path: Path
     assert suspected["planted"]["successes"] > 0.8 * 35  # of the poison
     listed = (tmp_path / "blocks.csv").read_text().splitlines()[1:]
     assert sum(line.split(",")[1] == "suspected" for line in listed) == suspected["num_rows"]
-    assert not (tmp_path / "unfinished").exists()
+    assert not (tmp_path / UNFINISHED).exists()
     doubted = (tmp_path / "labels.csv").read_text()
     assert doubted == (clone / "reports" / "labels.csv").read_text()
     assert len(doubted.splitlines()) == 11
@@ -88,6 +90,15 @@ def test_a_scan_hands_inputs_over_to_an_investigation(clone: Path, tmp_path: Pat
     assert len(affected) > 10
     target = yaml.safe_load((clone / "params.yaml").read_text())["attack"]["target_class"]
     assert {affected.class_names[label] for label in affected.labels} == {target}
+    home = tmp_path / "home"
+    shutil.copytree(clone, home, symlinks=True)
+    shutil.rmtree(home / "artifacts" / "affected")
+    shutil.copytree(out / "affected", home / "artifacts" / "affected")
+    for name in ("influence", "detect", "confirm", "remediate", "audit"):
+        done = stage(home, name)
+        assert done.returncode == 0, done.stderr
+    assert {given["true"] for given in load(home / "reports" / "audit.json")["affected"]} == {None}
+    assert "true class unknown" in (home / "reports" / "report.html").read_text()
 
 
 def test_second_repro_does_nothing(clone: Path) -> None:

@@ -47,6 +47,7 @@ FLOORS = (
     {"pipelines.matrix"},
     {"pipelines.__main__", "pipelines.reference"},
 )
+EARLY = {"train": {"factors"}}  # read to refuse before a training; no output depends on it
 SECTIONS = {
     "data": "datasets",
     "attack": "attacks",
@@ -183,7 +184,7 @@ def test_stage_params_are_sections_and_cover_what_it_reads() -> None:
             and isinstance(node.value, ast.Name)
             and node.value.id == "params"
         } - {"model_dump"}
-        assert used <= set(declared["params"]), stage
+        assert used - EARLY.get(stage, set()) <= set(declared["params"]), stage
 
 
 def test_both_pipelines_have_the_same_stages() -> None:

@@ -1,6 +1,9 @@
 """Sealed artefacts: equal bytes, and every kind of damage noticed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,13 +159,48 @@ def test_a_failed_save_leaves_the_old_artefact(split: Split, tmp_path: Path) -> 
 
 
 def test_what_a_kill_left_behind_is_removed(split: Split, tmp_path: Path) -> None:
-    torn = tmp_path / ".images.abc"
-    torn.mkdir()
-    (torn / "pixels.npy").write_bytes(b"half")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    for name in (f".images.{gone}.abcdefgh", f".images.{os.getpid()}.abcdefgh.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pixels.npy").write_bytes(b"half")
     file = tmp_path / ".images.json.abc"  # of another record beside it
     file.write_bytes(b"half")
     savers(split)["images"](tmp_path / "images")
     assert {path.name for path in tmp_path.iterdir()} == {"images", file.name}
+
+
+def test_what_another_process_writes_is_left_alone(split: Split, tmp_path: Path) -> None:
+    others = {f".images.{os.getppid()}.abcdefgh", f".images.v2.{os.getpid()}.abcdefgh"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    savers(split)["images"](tmp_path / "images")
+    assert {path.name for path in tmp_path.iterdir()} == {"images", *others}
+
+
+def test_a_swap_that_fails_leaves_the_old_artefact(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = savers(split)["images"](tmp_path / "x")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if target == tmp_path / "x" and not self.name.endswith(".old"):
+            raise OSError("no such luck")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no such luck"):
+        savers(split)["images"](tmp_path / "x")
+    assert open_artifact(tmp_path / "x", "images").digest == digest
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_flags_take_no_file_that_is_not_sealed(split: Split, tmp_path: Path) -> None:
+    savers(split)["flags"](tmp_path / "flags")
+    assert load_flags(tmp_path / "flags")[0].p_values is None
+    np.save(tmp_path / "flags" / "p_values.npy", np.zeros(3))
+    assert load_flags(tmp_path / "flags")[0].p_values is None
 
 
 def test_artefacts_of_another_run_are_refused(split: Split, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from defense.audit import AuditSettings, flags_csv, incidents, is_success
+from defense.audit import AuditSettings, emptied_classes, flags_csv, incidents, is_success
 from defense.evidence import Incident
 from defense.metrics import detection_quality, model_quality, ranking
 from defense.records import Flags, Split, Truth
-from defense.report import ModelQuality, Rate
+from defense.report import ModelQuality, Rate, drop
 from defense.storage import blinded
 
 NOTHING = np.zeros(0, np.int64)
@@ -30,7 +30,28 @@ def test_success_needs_a_measured_psr_below_the_bound(psr, correct, success) -> 
     before = quality(Rate.of(99, 100), Rate.of(90, 100))
     rate = Rate.of(0, 0) if psr is None else Rate.of(psr, 100)
     after = quality(rate, Rate.of(correct, 100))
-    assert is_success(before, after, AuditSettings(accuracy_drop_bound=0.021)) is success
+    assert is_success(before, after, AuditSettings(accuracy_drop_bound=0.02)) is success
+
+
+@pytest.mark.parametrize("total", [100, 360])
+def test_no_bound_on_the_drop_is_missed_by_rounding(total: int) -> None:
+    """Equal losses are the same number, whatever the accuracy before."""
+    for correct in range(total // 50, total + 1):
+        lost = drop(Rate.of(correct, total), Rate.of(correct - total // 50, total))
+        assert lost == (total // 50) / total
+    assert drop(Rate.of(1, 2), Rate.of(1, 3)) == pytest.approx(1 / 6)
+    assert drop(Rate.of(0, 0), Rate.of(1, 3)) is None
+
+
+def test_classes_of_which_no_row_is_left_are_named(split: Split) -> None:
+    gone = np.isin(split.train.labels, [1, 3])
+    everything = np.ones_like(gone)
+    flags = Flags(gone.astype(np.float32), 0.5, everything, everything)
+    names = split.train.class_names
+    assert emptied_classes(split.train, flags) == [names[1], names[3]]
+    gone[np.flatnonzero(gone)[0]] = False
+    flags = Flags(gone.astype(np.float32), 0.5, everything, everything)
+    assert len(emptied_classes(split.train, flags)) == 1
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

@@ -55,6 +55,18 @@ def test_the_same_question_is_answered_once(tmp_path: Path, batches: list[int]) 
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("most", [None, 10])
+def test_randomness_goes_on_the_same_whether_factors_were_kept(
+    most: int | None, tmp_path: Path
+) -> None:
+    model, images, after = small_model(), make_images(48, seed=4), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        cached_factors(tmp_path, model, images, FactorSettings(max_rows=most), generator)
+        after.append(torch.rand(1, generator=generator).item())
+    assert after[0] == after[1]
+
+
 def relabelled(images: ImageSet) -> ImageSet:
     """Give the last image another label."""
     labels = images.labels.copy()

@@ -196,10 +196,24 @@ def test_dropout_is_seeded_and_torch_is_left_alone(split: Split) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 4))
     state = torch.random.get_rng_state()
     first = fit(model, split.train, RECIPE, seeded(0, "order")).model
+    assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(3)
     second = fit(model, split.train, RECIPE, seeded(0, "order")).model
     assert torch.equal(first[2].weight, second[2].weight)
     torch.random.set_rng_state(state)
+
+
+def test_entries_of_gradients_are_clipped(split: Split) -> None:
+    """Plain descent by one batch moves no weight by more than rate times limit."""
+    recipe = Recipe(
+        epochs=1, batch_size=len(split.train), learning_rate=1, momentum=0, weight_decay=0,
+        clip_value=1e-3, schedule="constant",
+    )  # fmt: skip
+    model = model_for(split)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    after = dict(fit(model, split.train, recipe, seeded(0, "order")).model.named_parameters())
+    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_frozen_parameters_and_their_statistics_stay(split: Split) -> None:
