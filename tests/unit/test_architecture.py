@@ -1,6 +1,7 @@
 """The shape of the code: layers that only point down, and stages that name all they run."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,13 @@ def runs_code(module: str) -> bool:
 
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def test_the_page_on_the_architecture_has_the_same_floors() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d+ \| (.*?) \|", text, re.MULTILINE)
+    told = [{f"defense.{name}" for name in re.findall(r"`(\w+)`", row)} for row in rows]
+    assert told[:-1] == [floor for floor in FLOORS if min(floor).startswith("defense.")]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -41,6 +41,21 @@ def change(tmp_path: Path, path: str, value: object) -> Path:
         ("directions.leading", [128, 0], "directions.leading.1: Input should be greater than 0"),
         ("attack.poison_fraction", 1.5, "less than 1"),
         ("unlearner", {"name": "cf", "budget": 1.5}, "less than or equal to 1"),
+        (
+            "detector",
+            {"name": "influence_threshold", "affected_tolerance": 1},
+            "affected_tolerance has no meaning for a mean",
+        ),
+        (
+            "detector",
+            {"name": "spectral_signatures", "share": 0.2},
+            "variant tran has no use for share",
+        ),
+        (
+            "detector",
+            {"name": "spectral_signatures", "variant": "paper", "centred": False},
+            "variant paper has no use for centred",
+        ),
         ("gate.max_psr", "low", "gate.max_psr: Input should be a valid number"),
         ("data", None, "data: "),
     ],

@@ -216,6 +216,16 @@ def test_entries_of_gradients_are_clipped(split: Split) -> None:
     assert moved.max().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_asking_a_model_leaves_every_module_in_its_mode(split: Split) -> None:
+    model = model_for(split).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[0].eval()
+    modes = [module.training for module in model.modules()]
+    predict(model, split.test)
+    assert [module.training for module in model.modules()] == modes
+    assert sum(modes) == len(modes) - 1
+
+
 def test_frozen_parameters_and_their_statistics_stay(split: Split) -> None:
     model = model_for(split)
     names = [name for name, _ in model.named_parameters()]
