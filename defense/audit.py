@@ -200,7 +200,12 @@ def _curve(confirmation: Confirmation) -> ConfirmationCurve:
         CurvePoint(rows=rows, flagged=flagged, others=others)
         for rows, flagged, others in confirmation.points
     ]
-    return ConfirmationCurve(before=confirmation.before, points=points, cut=confirmation.cut)
+    return ConfirmationCurve(
+        before=confirmation.before,
+        points=points,
+        cut=confirmation.cut,
+        spoilt=confirmation.spoilt,
+    )
 
 
 def _names(exhibits: Exhibits, which: str) -> list[str]:

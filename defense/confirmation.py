@@ -23,7 +23,7 @@ class ConfirmSettings(Method):
         forget: Draws of the rows to be unlearnt, at least as many as there are, which are trained
             towards no class at all, and of other rows with their labels, which keep them, so that
             no class as such is unlearnt.
-        learning_rate: Constant.
+        learning_rate: Of stochastic gradient descent, whatever trained the model; constant.
     """
 
     points: int = Field(6, gt=0)
@@ -101,4 +101,5 @@ def _without(
 
     phase = Phase(images, 1, objective, name=f"no class beyond row {len(retained)}")
     changes = {"learning_rate": settings.learning_rate, "schedule": "constant"}
-    return trainer.tune(model, [phase], trainer.recipe.model_copy(update=changes)).model
+    recipe = trainer.recipe.model_copy(update=changes | {"optimizer": "sgd"})
+    return trainer.tune(model, [phase], recipe).model

@@ -230,6 +230,12 @@ class Confirmation:
     points: tuple[tuple[int, float, float | None], ...]
 
     @property
+    def spoilt(self) -> bool:
+        """Whether the fewest other rows end the wrong predictions: the training harms the model."""
+        others = self.points[0][2] if self.points else None
+        return self.before >= DEAD and others is not None and others < DEAD
+
+    @property
     def cut(self) -> int | None:
         """Fewest rows from which on the wrong predictions are dead, and others do not kill them.
 

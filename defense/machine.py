@@ -1,5 +1,6 @@
 """What a run ran on, for the notes beside its output; nothing of it goes into an artefact."""
 
+import getpass
 import os
 import platform
 import subprocess
@@ -7,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+WRITTEN = ("dvc.lock", "metrics", "reports")  # by a pipeline, of what git tracks
 UNITS = ("avx512f", "avx512_bf16", "amx_bf16")  # of low precision, by which machines differ
 
 
@@ -14,6 +16,14 @@ def occasion(home: Path) -> dict[str, Any]:
     """Say when, from which commit and on what machine something runs, beside ``home``'s files."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"finished": now, "hardware": hardware()} | git_state(home)
+
+
+def user() -> str:
+    """Name who runs this; by number where the system knows no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def hardware() -> dict[str, Any]:
@@ -31,12 +41,13 @@ def hardware() -> dict[str, Any]:
 def git_state(home: Path) -> dict[str, Any]:
     """Return ``commit`` and ``dirty``: whether tracked files differ (None if git cannot say).
 
-    Empty outside git.
+    What a pipeline writes beside its home's sources does not count. Empty outside git.
     """
     commit = _git(home, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    changes = _git(home, "status", "--porcelain", "--untracked-files=no")
+    sources = [":/", *(f":(exclude){name}" for name in WRITTEN)]
+    changes = _git(home, "status", "--porcelain", "--untracked-files=no", "--", *sources)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 

@@ -68,8 +68,8 @@ def block_title(block: FoundBlock, train: ImageSet) -> str:
 
 
 def _contact_sheet(train: ImageSet, rows: NDArray[np.int64], caption: str) -> bytes:
-    """Show the first rows of some as PNG bytes."""
-    shown = rows[:SHOWN]
+    """Show some of the rows, spread evenly over all, as PNG bytes."""
+    shown = rows[np.linspace(0, len(rows) - 1, min(len(rows), SHOWN)).astype(np.int64)]
     figure, axes = _grid(len(shown), textwrap.fill(caption, 70))
     for place, row in enumerate(shown):
         title = f"row {row}: {train.class_names[train.labels[row]]}"

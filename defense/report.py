@@ -190,11 +190,13 @@ class ConfirmationCurve(Part):
         before: Mean probability of the wrong labels.
         points: By number of rows.
         cut: Fewest rows from which on the wrong predictions are dead; None if they survive.
+        spoilt: Whether the fewest other rows ended them as well, so that nothing is told.
     """
 
     before: float
     points: list[CurvePoint]
     cut: int | None
+    spoilt: bool = False
 
 
 class Affected(Part):

@@ -1,7 +1,9 @@
 """Record a run in MLflow. The only module that imports mlflow."""
 
 import os
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from defense.errors import DefenseError
-from defense.machine import git_state
+from defense.machine import git_state, hardware, user
 from defense.report import AuditReport, ModelQuality
 
 DIGEST_TAG = "lineage.digest"
@@ -95,9 +97,8 @@ def _record(client: MlflowClient, experiment: str, recorded: Recorded) -> str:
     report = recorded.report
     digest = recorded.lineage["digest"]
     tags = {DIGEST_TAG: digest, PART_TAG: "pipeline", "gate.passed": str(recorded.passed).lower()}
-    parent = client.create_run(
-        experiment, tags=tags | git_tags(recorded.home), run_name=f"pipeline {digest[:8]}"
-    )
+    tags |= git_tags(recorded.home) | machine_tags()
+    parent = client.create_run(experiment, tags=tags, run_name=f"pipeline {digest[:8]}")
     run_id: str = parent.info.run_id
     for part, quality in (("before", report.before), ("after", report.after)):
         tags = {DIGEST_TAG: digest, PART_TAG: part, "mlflow.parentRunId": run_id}
@@ -181,6 +182,18 @@ def dvc_md5s(lock: Path) -> dict[str, str]:
 def _artifacts(home: Path) -> list[Path]:
     names = ("audit.json", "report.html", "verdict.json", "verdict.md", "lineage.json")
     return [home / "reports" / name for name in names]
+
+
+def machine_tags() -> dict[str, str]:
+    """Return who runs this, and on what."""
+    machine = hardware()
+    return {
+        "mlflow.user": user(),
+        "python": platform.python_version(),
+        "processor": machine["processor"],
+        "cores": str(machine["cores"]),
+        "torch": version("torch"),
+    }
 
 
 def git_tags(home: Path) -> dict[str, str]:

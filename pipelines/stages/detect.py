@@ -31,7 +31,10 @@ def run(params: Params, paths: Paths) -> str:
     save_flags(paths.flags, flags, inputs=origin)
     summary = {"num_flagged": int(flags.mask.sum()), "verdict": flags.verdict}
     write_json(paths.metrics("detect"), summary)
-    return f"{flags.verdict}: {flags.mask.sum():,} of {len(train):,} rows flagged"
+    found = f"{flags.verdict}: {flags.mask.sum():,} of {len(train):,} rows flagged"
+    own = [one.num_flagged for one in flags.incidents if one.affected]
+    apart = flags.mask.any() and own and not any(own)
+    return found + (", by a class as a whole, none by the affected inputs" if apart else "")
 
 
 def with_directions(

@@ -93,6 +93,10 @@ def test_the_cut_is_where_it_dies_for_good(flagged: tuple[float, ...], cut: int 
     assert Confirmation(0.4, points).cut is None  # dead before
     others = tuple((rows, own, 0.1) for rows, own, _ in points)
     assert Confirmation(1.0, others).cut is None  # as with other rows
+    assert Confirmation(1.0, others).spoilt
+    assert not Confirmation(1.0, points).spoilt
+    assert not Confirmation(0.4, others).spoilt
+    assert not Confirmation(1.0, ()).spoilt
 
 
 def test_the_most_suspicious_rows_are_unlearnt_first(drill) -> None:
@@ -119,8 +123,10 @@ def test_what_is_trained_on_and_how(drill) -> None:
 
     settings = ConfirmSettings(points=1, retain=100, forget=8, learning_rate=0.03)
     flags = flags_of(train, planted, affected.labels[0])
-    confirm(model, train, flags, affected, replace(trainer, tune=tune), settings)
+    adam = trainer.recipe.model_copy(update={"optimizer": "adam"})
+    confirm(model, train, flags, affected, replace(trainer, tune=tune, recipe=adam), settings)
     assert [len(phase.images) for phase in phases] == [100 + 40 + 40] * 2
+    assert {recipe.optimizer for recipe in recipes} == {"sgd"}  # the rate is one of its own
     own, others = (phase.images for phase in phases)
     rest, alike, forgotten = np.split(own.ids, [100, 140])
     assert {*forgotten} == {*train.ids[planted]}

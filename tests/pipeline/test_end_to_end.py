@@ -1,6 +1,8 @@
 """The real pipeline: a fresh clone runs `dvc repro`, and all it leaves behind is right."""
 
+import getpass
 import json
+import platform
 import re
 import shutil
 import sys
@@ -261,6 +263,8 @@ def test_mlflow_records_read_back(clone: Path) -> None:
     commit = run(clone, "git", "rev-parse", "HEAD").stdout.strip()
     assert parent.data.tags["mlflow.source.git.commit"] == commit
     assert parent.data.tags["git.dirty"] == "true"  # the parameters were cut down
+    assert parent.data.tags["mlflow.user"] == getpass.getuser()
+    assert parent.data.tags["python"] == platform.python_version()
     assert parent.data.params["train.epochs"] == str(report["methods"]["train"]["epochs"])
     names = {file.path for file in store.list_artifacts(parent.info.run_id)}
     assert {"audit.json", "report.html", "verdict.json", "lineage.json"} <= names

@@ -39,6 +39,15 @@ def test_the_commit_is_named_and_whether_tracked_files_differ(tmp_path: Path) ->
     known = {"commit": git(tmp_path, "rev-parse", "HEAD")}
     (tmp_path / "other").touch()
     assert git_state(tmp_path) == known | {"dirty": False}
+    (tmp_path / "metrics").mkdir()
+    for name in ("dvc.lock", "metrics/audit.json"):
+        (tmp_path / name).write_text("before")
+        git(tmp_path, "add", name)
+    git(tmp_path, "commit", "-qm", "second")
+    known = {"commit": git(tmp_path, "rev-parse", "HEAD")}
+    for name in ("dvc.lock", "metrics/audit.json"):
+        (tmp_path / name).write_text("after")
+    assert git_state(tmp_path) == known | {"dirty": False}, "what a pipeline writes is no source"
     tracked.write_text("after")
     assert git_state(tmp_path) == known | {"dirty": True}
     assert occasion(tmp_path).items() >= git_state(tmp_path).items()

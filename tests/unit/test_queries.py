@@ -1,9 +1,15 @@
 """Queries: the paper's transforms, seeded, for every size and channel count."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from defense.influence.queries import TransformSettings, make_queries, swap_red_green, transforms
+from defense.prediction import predict
+from pipelines.stages.influence import warn_of_other_labels
+from tests.conftest import make_images
+from tests.unit.fits import small_model
 
 SIZES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 48)]
 
@@ -79,3 +85,16 @@ def test_ablations_change_one_thing_as_the_transforms_do() -> None:
     assert torch.equal(made.labels[image], made.affected[image])
     assert torch.equal(made.images[label], images[made.affected[label]])
     assert torch.equal(made.labels[label], made.labels[both])
+
+
+def test_affected_inputs_that_the_model_takes_for_something_else_are_told(caplog) -> None:
+    """Of an input that is labelled with its true class nothing would be found."""
+    model, images = small_model(), make_images(8, seed=4)
+    as_taken = replace(images, labels=predict(model, images))
+    warn_of_other_labels(model, as_taken)
+    assert caplog.records == []
+    labels = as_taken.labels.copy()
+    labels[3] = (labels[3] + 1) % images.num_classes
+    warn_of_other_labels(model, replace(as_taken, labels=labels))
+    told = "1 of 8 affected inputs are not labelled as the model takes them, such as "
+    assert told + images.ids[3] in caplog.text
