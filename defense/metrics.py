@@ -36,11 +36,13 @@ def model_quality(
     """
     chosen = np.isin(probe_set.ids, affected_ids)
     trials = np.ones_like(chosen) if chosen.all() else ~chosen
+    originals = np.isin(test_set.ids, probe_set.ids[trials]) & ~truth.victims
     return ModelQuality(
         psr=rate((probe == truth.target_class)[trials]),
         clean_accuracy=rate((clean == test_set.labels)[~truth.victims]),
         robust_accuracy=rate((probe == truth.probe_labels)[trials]),
         affected_fooled=rate((probe == probe_set.labels)[chosen]),
+        without_trigger=rate((clean == truth.target_class)[originals]),
     )
 
 

@@ -65,12 +65,15 @@ class ModelQuality(Part):
         clean_accuracy: Untriggered test images classified rightly.
         robust_accuracy: The PSR's images classified as their true class (BackdoorBench's RA).
         affected_fooled: Affected inputs that still get the label they were reported with.
+        without_trigger: The PSR's images that the model sends to the target class without the
+            trigger, too: errors that no removal of poison ends.
     """
 
     psr: Rate
     clean_accuracy: Rate
     robust_accuracy: Rate
     affected_fooled: Rate
+    without_trigger: Rate = Rate.of(0, 0)
 
 
 class DetectionQuality(Part):

@@ -73,6 +73,8 @@ def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> Non
     measured = model_quality(test.labels, predicted, test, probe, truth, test.ids[:2])
     assert (measured.psr.successes, measured.psr.total) == (3, 6)
     assert (measured.affected_fooled.successes, measured.affected_fooled.total) == (2, 2)
+    natural = (test.labels[2:] == 1).sum()  # the model says of all clean images what they are
+    assert (measured.without_trigger.successes, measured.without_trigger.total) == (natural, 6)
     assert measured.clean_accuracy.value == 1
     right = predicted[2:] == test.labels[2:]
     assert (measured.robust_accuracy.successes, measured.robust_accuracy.total) == (right.sum(), 6)
@@ -89,6 +91,7 @@ def test_an_attack_on_one_image_is_judged_by_that_image(split: Split) -> None:
     measured = model_quality(said, np.array([1]), test, probe, truth, probe.ids)
     assert (measured.psr.successes, measured.psr.total) == (1, 1)
     assert (measured.clean_accuracy.successes, measured.clean_accuracy.total) == (7, 7)
+    assert measured.without_trigger.value is None  # it is attacked without a trigger
     assert measured.robust_accuracy.value == 0
 
 
