@@ -46,7 +46,7 @@ FLOORS = (
     {"pipelines.params", "pipelines.paths"},
     {"pipelines.stages"},
     {"pipelines.matrix"},
-    {"pipelines.__main__", "pipelines.reference"},
+    {"pipelines.__main__", "pipelines.reference", "pipelines.adopt"},
 )
 EARLY = {"train": {"factors"}}  # read to refuse before a training; no output depends on it
 SECTIONS = {
