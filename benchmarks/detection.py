@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.detection_page import page
 from benchmarks.record import RESULTS, versions
-from benchmarks.repairs import default_flags, repaired
+from benchmarks.repairs import default_flags, quality, repaired
 from benchmarks.suspects import ATTACKS, UNUSUAL, Suspect, fooled, make_suspect, timed
 from benchmarks.tables import fill
 from defense.artifacts import write_json
@@ -314,6 +314,11 @@ def measured(name: str, seed: int, work: Path, *, repair: bool, alone: bool = Fa
     resumed = scratch.is_dir()
     suspect = make_suspect(name, seed, scratch)
     if known:
+        if (found := quality(suspect, suspect.model))["psr"] != known["psr"]:
+            raise click.UsageError(
+                f"{file} is of another model (PSR {known['psr']}, here {found['psr']}): delete it, "
+                "or repair where it was trained"
+            )
         facts = known | {"repair": repaired(suspect)}
     else:
         facts = measure(suspect, repair=repair, alone=alone)

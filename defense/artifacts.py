@@ -120,7 +120,10 @@ def write_artifact(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in _abandoned(path):
-        shutil.rmtree(left_by_a_kill)
+        if left_by_a_kill.suffix == ".old" and not path.exists():
+            left_by_a_kill.rename(path)  # all there is until the new one stands
+        else:
+            shutil.rmtree(left_by_a_kill)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}."))
     try:
         for name, write in files.items():
@@ -141,9 +144,9 @@ def write_artifact(
 
 
 def _abandoned(path: Path) -> Iterator[Path]:
-    """Yield unfinished folders of an artefact whose writers are gone, or were this process."""
+    """Yield unfinished folders of an artefact that no other process of this machine writes."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*/"):
-        writer = re.fullmatch(r"(\d+)\.\w{8}(\.old)?", folder.name[len(path.name) + 2 :])
+        writer = re.fullmatch(r"(\d{1,9})\.\w{8}(\.old)?", folder.name[len(path.name) + 2 :])
         if writer and not _is_other(int(writer[1])):
             yield folder
 

@@ -93,6 +93,7 @@ def measure(exhibits: Exhibits, model: nn.Module, label: str) -> ModelQuality:
         exhibits.probe,
         exhibits.truth,
         exhibits.affected.ids,
+        predict(model, exhibits.affected, label=f"affected, {label}") == exhibits.affected.labels,
     )
 
 

@@ -105,6 +105,7 @@ def scan(home: Path, inputs: Path | None, out: Path) -> None:
     """
     from defense.scanning import scan_home  # brings torch
 
+    sys.path.append(str(home.resolve()))  # where the factory of a model may lie
     found, blocks = scan_home(home, inputs, out)
     for line in (*blocks, f"{found.verdict}, see {out}"):
         say(line)

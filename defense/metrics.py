@@ -19,6 +19,7 @@ def model_quality(
     probe_set: ImageSet,
     truth: Truth,
     affected_ids: NDArray[np.str_],
+    fooled: Mask,
 ) -> ModelQuality:
     """Measure one model from its predictions.
 
@@ -33,6 +34,7 @@ def model_quality(
         probe_set: The triggered test images.
         truth: What was planted.
         affected_ids: Ids of the affected inputs.
+        fooled: Whether they get the label they were reported with, bool ``[a]``.
     """
     chosen = np.isin(probe_set.ids, affected_ids)
     trials = np.ones_like(chosen) if chosen.all() else ~chosen
@@ -41,7 +43,7 @@ def model_quality(
         psr=rate((probe == truth.target_class)[trials]),
         clean_accuracy=rate((clean == test_set.labels)[~truth.victims]),
         robust_accuracy=rate((probe == truth.probe_labels)[trials]),
-        affected_fooled=rate((probe == probe_set.labels)[chosen]),
+        affected_fooled=rate(fooled),
         without_trigger=rate((clean == truth.target_class)[originals]),
     )
 

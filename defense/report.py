@@ -274,7 +274,7 @@ class AuditReport(Part):
 
     @property
     def open_blocks(self) -> int | None:
-        """Suspected blocks that are still trained on; None without a scan of every class."""
+        """Suspected or unclear blocks still trained on; None without a scan of every class."""
         if self.blocks is None or self.unchecked:
             return None
         return sum(block.is_open for block in self.blocks)

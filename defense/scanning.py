@@ -3,7 +3,6 @@
 import csv
 import io
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,6 @@ def scan_home(home: Path, inputs: Path | None, out: Path) -> tuple[Scan, list[st
         DefenseError: Sections of params.yaml are not valid, an artefact is missing, or what is in
             the folder to write to would be lost.
     """
-    sys.path.insert(0, str(home.resolve()))  # where a model's factory may lie
     sections = read_sections(home / "params.yaml")
     scratch, artifacts = out / UNFINISHED, home / "artifacts"
     refuse_to_replace(out, artifacts, *([] if inputs is None else [inputs]))

@@ -1,10 +1,12 @@
 """Bring a model that was trained elsewhere, its data and what it got wrong to the stages.
 
 ``python -m pipelines.adopt --weights model.pt --affected <folder>`` in a folder of its own, with a
-params.yaml, writes the artefacts that ``poison`` and ``train`` would write, but for the truth.
+params.yaml, writes the training set, the test set, the model and the affected inputs as artefacts,
+which the stages from ``factors`` to ``remediate`` and ``defense scan`` read.
 """
 
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +56,7 @@ def main(weights: Path, mean: Tensor | None, std: Tensor | None, affected: Path 
     """
     logging.basicConfig(format="%(message)s")
     try:
-        click.echo(adopt(read_params(PARAMS), Paths(), weights, mean, std, affected))
+        click.echo(adopt(read_params(PARAMS), weights, mean, std, affected))
     except DefenseError as error:
         click.echo(f"error: adopt: {error}", err=True)
         sys.exit(2)
@@ -62,17 +64,15 @@ def main(weights: Path, mean: Tensor | None, std: Tensor | None, affected: Path 
 
 def adopt(
     params: Params,
-    paths: Paths,
     weights: Path,
     mean: Tensor | None = None,
     std: Tensor | None = None,
     affected: Path | None = None,
 ) -> str:
-    """Write train set, test set, suspect model and affected inputs; say what the model is worth.
+    """Write what was brought as artefacts of the current folder; say what the model is worth.
 
     Args:
         params: Of which data, model and seed are used, and what of it factors leave out.
-        paths: Where to write.
         weights: State dictionary of the network that `params.model` builds.
         mean: Channel means of pixels in [0, 1], ``[c, 1, 1]``; zero if None.
         std: Channel deviations; one if None.
@@ -80,28 +80,49 @@ def adopt(
 
     Raises:
         DefenseError: The folder is one of a pipeline, whose stages would replace what is brought;
-            the weights are not those of the network; the model cannot be traced.
+            rows would be left out; the weights are not those of the network; the model cannot be
+            traced. What was brought before stays then.
+    """
+    refuse_to_lose(params)
+    split = params.data.load(seeded(params.seed, "data"))
+    train = split.train
+    model = assembled(params, train, mean, std)
+    read_weights(weights, model)
+    find_layers(model, params.factors.exclude)
+    found = None if affected is None else labelled(read_images(affected, train.shape), model, train)
+    right, of_test = ((predict(model, part) == part.labels).mean() for part in (train, split.test))
+    paths = Paths()
+    save_images(paths.test, split.test)
+    inputs = {"poisoned_train": save_images(paths.poisoned_train, train)}
+    suspect = save_model(paths.suspect, model, meta={"gradient_samples": 0}, inputs=inputs)
+    said = (
+        f"{right:.1%} of {len(train):,} training rows and {of_test:.1%} of {len(split.test):,} "
+        f"test images get their label; classes in order: {', '.join(train.class_names)}"
+    )
+    if found is None:
+        shutil.rmtree(paths.affected, ignore_errors=True)  # they are of another model
+        return said
+    save_images(paths.affected, found, inputs={"suspect": suspect})
+    first = train.class_names[found.labels[0]]
+    return f"{said}; affected inputs: {len(found):,}, the first, {found.ids[0]}, taken for {first}"
+
+
+def refuse_to_lose(params: Params) -> None:
+    """Refuse where stages would replace the model, or would not see all of its rows.
+
+    Raises:
+        DefenseError: They would.
     """
     if Path("dvc.yaml").exists():
         raise DefenseError(
             "expected a folder of its own, got one with a dvc.yaml: dvc repro would train another "
             "model in the place of yours; copy params.yaml elsewhere and run this there"
         )
-    split = params.data.load(seeded(params.seed, "data"))
-    model = assembled(params, split.train, mean, std)
-    read_weights(weights, model)
-    find_layers(model, params.factors.exclude)
-    save_images(paths.test, split.test)
-    inputs = {"poisoned_train": save_images(paths.poisoned_train, split.train)}
-    suspect = save_model(paths.suspect, model, meta={"gradient_samples": 0}, inputs=inputs)
-    train, test = ((predict(model, p) == p.labels).mean() for p in (split.train, split.test))
-    said = f"{train:.1%} of the training rows and {test:.1%} of the test images get their label"
-    if affected is None:
-        return said
-    found = labelled(read_images(affected, split.train.shape), model, split.train)
-    save_images(paths.affected, found, inputs={"suspect": suspect})
-    first = found.class_names[found.labels[0]]
-    return f"{said}; affected inputs: {len(found):,}, the first, {found.ids[0]}, taken for {first}"
+    if (size := getattr(params.data, "train_size", None)) is not None:
+        raise DefenseError(
+            f"expected all rows the model was trained on, got {size:,} drawn from them: remove "
+            "data.train_size"
+        )
 
 
 def assembled(
@@ -115,8 +136,13 @@ def assembled(
     channels = train.shape[0]
     mean = torch.zeros(channels, 1, 1) if mean is None else mean
     std = torch.ones(channels, 1, 1) if std is None else std
-    if not len(mean) == len(std) == channels or not bool((std > 0).all()):
-        raise DataError(f"expected {channels} means and {channels} deviations above zero")
+    finite = bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+    if not len(mean) == len(std) == channels or not finite:
+        raise DataError(
+            f"expected a finite mean and a deviation above zero for each of {channels} channels, "
+            f"got {mean.flatten().tolist()} and {std.flatten().tolist()}: give --mean and --std "
+            "as the model was trained with"
+        )
     generator = seeded(params.seed, "placeholder")  # the weights are replaced at once
     return build_model(params.model, train.shape, train.num_classes, generator, (mean, std))
 
@@ -125,7 +151,7 @@ def read_weights(path: Path, model: nn.Module) -> None:
     """Load a state dictionary into the network of a model.
 
     Raises:
-        DataError: It cannot be read, or is not one of this network.
+        DataError: It cannot be read, is not one of this network, or is not finite.
     """
     network = model.get_submodule("network")
     try:
@@ -133,13 +159,21 @@ def read_weights(path: Path, model: nn.Module) -> None:
             values = load_file(path)
         else:
             values = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(values)
+        missing, unknown = network.load_state_dict(values, strict=False)
     except Exception as error:  # whatever lies in the file
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"expected in {path} the state dictionary of the network that section model of "
-            f"params.yaml builds, got: {reason}"
+            f"expected in {path} the state_dict of the network that section model of params.yaml "
+            f"builds, got: {reason}"
         ) from error
+    if missing or unknown:
+        raise DataError(
+            f"expected in {path} the state_dict of the network that section model of params.yaml "
+            f"builds, got {len(missing)} names too few, such as {missing[:1]}, and "
+            f"{len(unknown)} it does not have, such as {unknown[:1]}: save it without a wrapper"
+        )
+    if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
+        raise DataError(f"expected finite weights in {path}, got some that are not")
 
 
 def labelled(images: ImageSet, model: nn.Module, train: ImageSet) -> ImageSet:

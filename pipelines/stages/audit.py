@@ -138,7 +138,10 @@ def publish(report: AuditReport, exhibits: Exhibits, paths: Paths) -> None:
     if exhibits.doubts is not None:
         pictures["doubtful.png"] = doubtful(exhibits.doubts, train)
         write_text(paths.reports / "labels.csv", labels_csv(train, exhibits.doubts))
-    shutil.rmtree(paths.plots, ignore_errors=True)  # an earlier run may have drawn others
+    else:
+        (paths.reports / "labels.csv").unlink(missing_ok=True)
+    if paths.plots.exists():  # an earlier run may have drawn others
+        shutil.rmtree(paths.plots)
     for name, png in pictures.items():
         write_bytes(paths.plots / name, png)
     write_json(paths.reports / "audit.json", report.model_dump(mode="json"))

@@ -29,9 +29,12 @@ def run(params: Params, paths: Paths) -> str:
         "suspect": suspect.digest,
     }
     save_confirmation(paths.confirmation, found, inputs=origin)
-    write_json(paths.metrics("confirm"), {"cut": found.cut, "num_flagged": int(flags.mask.sum())})
+    told = {"cut": found.cut, "num_flagged": int(flags.mask.sum()), "spoilt": found.spoilt}
+    write_json(paths.metrics("confirm"), told)
     if not found.points:
         return "nothing is flagged, nothing to confirm"
     _, own, others = found.points[-1]
     beside = "" if others is None else f", without as many others {others:.2f}"
-    return f"wrong label: probability {found.before:.2f}, without flagged rows {own:.2f}{beside}"
+    said = f"wrong label: probability {found.before:.2f}, without flagged rows {own:.2f}{beside}"
+    spoilt = "; fewer others end it, too, so nothing is told: lower confirm.learning_rate"
+    return said + (spoilt if found.spoilt else "")

@@ -39,7 +39,8 @@ def run(params: Params, paths: Paths) -> str:
         for number in range(TRAININGS):
             model = retrained(params, paths, train.where(~removed), number)
             said = predict(model, test), predict(model, probe)
-            measured = model_quality(*said, test, probe, truth, affected.ids)
+            fooled = predict(model, affected) == affected.labels
+            measured = model_quality(*said, test, probe, truth, affected.ids, fooled)
             trainings.append(measured.model_dump(mode="json"))
         results[name] = {"removed": int(removed.sum()), "trainings": trainings}
     write_json(paths.metrics("counterfactual"), results)

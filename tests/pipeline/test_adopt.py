@@ -2,18 +2,28 @@
 
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from defense.artifacts import open_artifact
 from defense.audit import flags_csv
 from defense.records import ImageSet
 from defense.storage import load_flags, load_images, load_truth, read_tensors
 from tests.pipeline.conftest import ROOT, run, set_params, stage
+
+KINDS = (("suspect", "model"), ("affected", "images"), ("poisoned_train", "images"))
+NETWORK = """
+from defense.models.small_cnn import SmallCnn
+
+def make(num_classes):
+    return SmallCnn().build((1, 8, 8), num_classes)
+"""
 
 
 def write_tree(images: ImageSet, folder: Path) -> None:
@@ -43,11 +53,13 @@ def brought(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(network, home / "model.pt")
     shutil.copy(clone / "params.yaml", home)
     source = {"name": "folder", "path": "tree", "image_size": 8, "channels": 1}
-    set_params(home, lambda params: params.update(data=source))
+    model = {"name": "factory", "factory": "net:make"}
+    (home / "net.py").write_text(NETWORK)
+    set_params(home, lambda params: params.update(data=source, model=model))
     return home
 
 
-def adopt(home: Path, *more: str):
+def adopt(home: Path, *more: str) -> CompletedProcess[str]:
     numbers = [f"--{part}={(home / part).read_text()}" for part in ("mean", "std")]
     command = ("python", "-m", "pipelines.adopt", "--weights", "model.pt", *numbers)
     return run(home, *command, "--affected", "wrong", *more, PYTHONPATH=str(ROOT))
@@ -74,18 +86,32 @@ def test_finds_the_poison_of_a_model_that_was_trained_elsewhere(clone: Path, bro
 def test_refuses_what_would_be_lost_or_wrong(brought: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(brought, home)
-    assert adopt(home).returncode == 0
-    before = open_artifact(home / "artifacts" / "suspect", "model").digest
-    torch.save({"weight": torch.zeros(3)}, home / "other.pt")
+    weights = torch.load(home / "model.pt", weights_only=True)
+    save_file(weights, home / "model.safetensors")
+    assert adopt(home, "--weights", "model.safetensors").returncode == 0
+    kept = {name: open_artifact(home / "artifacts" / name, kind).digest for name, kind in KINDS}
+    torch.save({f"module.{name}": value for name, value in weights.items()}, home / "wrapped.pt")
+    torch.save({name: value * torch.nan for name, value in weights.items()}, home / "nan.pt")
+    (home / "empty").mkdir()
     for change, told in (
-        (("--weights", "other.pt"), "expected in other.pt the state dictionary of the network"),
-        (("--mean", "0.1,0.2"), "expected 1 means and 1 deviations above zero"),
-        (("--std", "0"), "expected 1 means and 1 deviations above zero"),
+        (("--weights", "wrapped.pt"), "names too few"),
+        (("--weights", "params.yaml"), "the state_dict of the network that section model"),
+        (("--weights", "nan.pt"), "expected finite weights"),
+        (("--mean", "0.1,0.2"), "for each of 1 channels, got [0.1"),
+        (("--std", "0"), "a deviation above zero"),
+        (("--mean", "nan"), "a finite mean"),
+        (("--affected", "empty"), "expected PNG, JPEG or WebP files"),
     ):
-        done = adopt(home, *change)
-        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        refused(adopt(home, *change), told)
+    set_params(home, lambda params: params["data"].update(train_size=300))
+    refused(adopt(home), "got 300 drawn from them: remove data.train_size")
     (home / "dvc.yaml").touch()
-    done = adopt(home)
-    assert (done.returncode, "dvc repro would train another" in done.stderr) == (2, True)
-    assert open_artifact(home / "artifacts" / "suspect", "model").digest == before
+    refused(adopt(home), "dvc repro would train another")
+    assert kept == {
+        name: open_artifact(home / "artifacts" / name, kind).digest for name, kind in KINDS
+    }
+
+
+def refused(done: CompletedProcess[str], told: str) -> None:
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -99,7 +99,11 @@ def test_a_scan_hands_inputs_over_to_an_investigation(clone: Path, tmp_path: Pat
     for name in ("influence", "detect", "confirm", "remediate", "audit"):
         done = stage(home, name)
         assert done.returncode == 0, done.stderr
-    assert {given["true"] for given in load(home / "reports" / "audit.json")["affected"]} == {None}
+    report = load(home / "reports" / "audit.json")
+    assert {given["true"] for given in report["affected"]} == {None}
+    before, after = (report[moment]["affected_fooled"] for moment in ("before", "after"))
+    assert (before["value"], before["total"]) == (1, len(affected))
+    assert after["value"] < 0.2
     assert "true class unknown" in (home / "reports" / "report.html").read_text()
 
 

@@ -178,6 +178,20 @@ def test_what_another_process_writes_is_left_alone(split: Split, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"images", *others}
 
 
+def test_what_a_kill_left_without_a_place_is_kept_until_another_stands(
+    split: Split, tmp_path: Path
+) -> None:
+    digest = savers(split)["images"](tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / f".x.{os.getpid()}.abcdefgh.old")
+
+    def fail(path: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_artifact(tmp_path / "x", "images", {"pixels.npy": fail})
+    assert open_artifact(tmp_path / "x", "images").digest == digest
+
+
 def test_a_swap_that_fails_leaves_the_old_artefact(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,9 @@ def test_affected_inputs_are_not_trials_of_the_success_rate(split: Split) -> Non
         np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64), 1, test.labels, np.zeros(8, bool)
     )
     predicted = np.array([1, 1, 1, 0, 1, 2, 3, 1])
-    measured = model_quality(test.labels, predicted, test, probe, truth, test.ids[:2])
+    measured = model_quality(
+        test.labels, predicted, test, probe, truth, test.ids[:2], predicted[:2] == 1
+    )
     assert (measured.psr.successes, measured.psr.total) == (3, 6)
     assert (measured.affected_fooled.successes, measured.affected_fooled.total) == (2, 2)
     natural = (test.labels[2:] == 1).sum()  # the model says of all clean images what they are
@@ -88,7 +90,7 @@ def test_an_attack_on_one_image_is_judged_by_that_image(split: Split) -> None:
     truth = Truth(np.zeros(3, bool), np.zeros(3, np.int64), 1, test.labels[victims], victims)
     said = test.labels.copy()
     said[2] = 1
-    measured = model_quality(said, np.array([1]), test, probe, truth, probe.ids)
+    measured = model_quality(said, np.array([1]), test, probe, truth, probe.ids, probe.labels == 1)
     assert (measured.psr.successes, measured.psr.total) == (1, 1)
     assert (measured.clean_accuracy.successes, measured.clean_accuracy.total) == (7, 7)
     assert measured.without_trigger.value is None  # it is attacked without a trigger

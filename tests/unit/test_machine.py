@@ -48,6 +48,17 @@ def test_the_commit_is_named_and_whether_tracked_files_differ(tmp_path: Path) ->
     for name in ("dvc.lock", "metrics/audit.json"):
         (tmp_path / name).write_text("after")
     assert git_state(tmp_path) == known | {"dirty": False}, "what a pipeline writes is no source"
+    (tmp_path / "below" / "reports").mkdir(parents=True)
+    (tmp_path / "below" / "reports" / "audit.json").write_text("before")
+    git(tmp_path, "add", "below")
+    git(tmp_path, "commit", "-qm", "third")
+    (tmp_path / "below" / "reports" / "audit.json").write_text("after")
+    assert git_state(tmp_path / "below")["dirty"]  # the lock above it differs, which is not its own
+    git(tmp_path, "checkout", "-q", "dvc.lock", "metrics")
+    assert not git_state(tmp_path / "below")["dirty"]
+    assert git_state(tmp_path)["dirty"]
+    git(tmp_path, "checkout", "-q", "below")
+    known = {"commit": git(tmp_path, "rev-parse", "HEAD")}
     tracked.write_text("after")
     assert git_state(tmp_path) == known | {"dirty": True}
     assert occasion(tmp_path).items() >= git_state(tmp_path).items()
