@@ -100,7 +100,8 @@ def adopt(
         f"test images get their label; classes in order: {', '.join(train.class_names)}"
     )
     if found is None:
-        shutil.rmtree(paths.affected, ignore_errors=True)  # they are of another model
+        if paths.affected.exists():  # they are of another model
+            shutil.rmtree(paths.affected)
         return said
     save_images(paths.affected, found, inputs={"suspect": suspect})
     first = train.class_names[found.labels[0]]
@@ -160,7 +161,7 @@ def read_weights(path: Path, model: nn.Module) -> None:
         else:
             values = torch.load(path, map_location="cpu", weights_only=True)
         missing, unknown = network.load_state_dict(values, strict=False)
-    except Exception as error:  # whatever lies in the file
+    except Exception as error:  # a file of any content raises anything; it is told in one line
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"expected in {path} the state_dict of the network that section model of params.yaml "

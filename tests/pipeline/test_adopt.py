@@ -110,6 +110,11 @@ def test_refuses_what_would_be_lost_or_wrong(brought: Path, tmp_path: Path) -> N
     assert kept == {
         name: open_artifact(home / "artifacts" / name, kind).digest for name, kind in KINDS
     }
+    (home / "dvc.yaml").unlink()
+    set_params(home, lambda params: params["data"].pop("train_size"))
+    plain = ("python", "-m", "pipelines.adopt", "--weights", "model.pt")
+    assert run(home, *plain, PYTHONPATH=str(ROOT)).returncode == 0
+    assert not (home / "artifacts" / "affected").exists(), "they were of the model before"
 
 
 def refused(done: CompletedProcess[str], told: str) -> None:
